@@ -1,0 +1,43 @@
+"""The state in which a loader leaves the boot processor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pyhyve.cpu.processor import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class BootState:
+    """Everything of the boot processor that the loader decides; what is not here keeps its value after reset.
+
+    Registers are named as `VcpuBackend.set` and `set_segment` name them.
+    """
+
+    rip: int
+    rsp: int
+    rsi: int
+    """Guest-physical address of struct boot_params."""
+    rflags: int
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    gdt_base: int
+    gdt_limit: int
+    idt_base: int
+    idt_limit: int
+    segments: Mapping[str, Segment]
+    """All eight, by name."""
+
+    def registers(self) -> dict[str, int]:
+        """Return the registers by name, in an order in which a processor can take them (EFER and CR4 before CR0)."""
+        return {
+            "efer": self.efer,
+            "cr3": self.cr3,
+            "cr4": self.cr4,
+            "cr0": self.cr0,
+            "rflags": self.rflags,
+            "rip": self.rip,
+            "rsp": self.rsp,
+            "rsi": self.rsi,
+        }
