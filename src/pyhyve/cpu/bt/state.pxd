@@ -15,8 +15,8 @@ cdef enum:
     BANK_USER = 1           # user-mode accesses (CPL 3)
     BANK_KERNEL_AC = 2      # supervisor accesses with RFLAGS.AC = 1 (STAC)
     BANKS = 3
-    IBT_BITS = 12
-    IBT_ENTRIES = 4096
+    IBT_BITS = 13
+    IBT_ENTRIES = 8192
     FETCH_ENTRIES = 512
 
     # Access kinds, as the MMU takes them.
@@ -186,7 +186,7 @@ cdef struct Vcpu:
     uint8_t window               # the monitor waits for an interrupt window (IF=1, no shadow)
     uint8_t nmi_window
     uint8_t bank                 # BANK_* now in force, from CPL and AC
-    uint64_t poll                # nonzero: polls leave generated code (mirrors kick, kept as one aligned word)
+    uint64_t poll                # nonzero: polls leave generated code. Byte 7 = 0x40: kicked; byte 6: window at STI
     uint64_t tsc_offset
     # scratch of generated code
     uint64_t save_rcx
@@ -198,6 +198,7 @@ cdef struct Vcpu:
     uint64_t ibt_mask            # PEXT masks
     uint64_t tlb_mask
     uint64_t page_mask           # ~0xfff
+    uint64_t bit_mask            # 63: PEXT mask of bit offsets
     uint64_t miss_info           # set by thunks: address behind the call in the stub
     uint64_t miss_lin
     uint64_t leave_reason        # why generated code was left
@@ -246,6 +247,13 @@ cdef struct Vcpu:
     Counters n
     void* cache                  # the code cache (codecache.pyx)
     uint64_t mode_key            # of the blocks that may run now
+    uint64_t ibt_mode            # the mode (without the bits that choose a bank) for which ibt[] is filled
+    uint64_t n_ibt_used          # slots written since the last flush (used[] holds the first 512)
+    uint32_t ibt_used[512]
+    uint64_t drop_gen            # counts dropped blocks' pages: a helper sees whether the running block may be gone
+    uint64_t bounce_lin          # pending bounced store of a slow instruction
+    uint64_t bounce_len
+    uint64_t bounce_bank
     uint64_t ept_cache_tag[256]  # gpa >> 12 | 1 of recent EPT walks
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
@@ -270,7 +278,7 @@ cdef inline void set_rflags(Vcpu* v, uint64_t value) noexcept nogil:
 
 cdef inline uint64_t tlb_invalid(uint32_t index) noexcept nogil:
     """A tag that no linear address with this TLB index can match."""
-    return <uint64_t>(index ^ 1) << 12
+    return <uint64_t>(index ^ (TLB_ENTRIES >> 1)) << 12
 
 cdef inline void update_bank(Vcpu* v) noexcept nogil:
     """Recompute the bank from CPL and AC; call after either changed."""

@@ -1,0 +1,266 @@
+# cython: language_level=3
+"""See codecache.pxd."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyhyve.cpu.bt.state cimport (
+    BANK_USER, BANKS, IBT_ENTRIES, TLB_ENTRIES, Vcpu, tlb_invalid,
+)
+
+
+cdef inline uint64_t _hash(uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil:
+    cdef uint64_t h = hva ^ (rip >> 12) * <uint64_t>0x9E3779B97F4A7C15 ^ mode << 40
+    return (h ^ (h >> 17)) * <uint64_t>0xD6E8FEB86659FD93 >> 20
+
+
+cdef inline uint64_t _page_hash(uint64_t page) noexcept nogil:
+    return ((page >> 12) * <uint64_t>0x9E3779B97F4A7C15) >> 32
+
+
+cdef inline CodePage* _page_find(Cache* c, uint64_t page) noexcept nogil:
+    cdef CodePage* p = c.page_hash[_page_hash(page) & c.page_hash_mask]
+    while p != NULL:
+        if p.hva == page:
+            return p
+        p = p.next
+    return NULL
+
+
+cdef bint code_page(Vcpu* v, uint64_t hva) noexcept nogil:
+    """True if the page of host address `hva` holds translated code."""
+    cdef CodePage* p
+    if v.cache == NULL:
+        return False
+    p = _page_find(<Cache*>v.cache, hva & ~<uint64_t>0xFFF)
+    return p != NULL and p.chunks != 0
+
+
+cdef inline uint64_t _chunks(uint64_t offset, uint64_t length) noexcept nogil:
+    """The bits of the 64-byte chunks that `length` bytes from page offset `offset` touch (clipped to the page)."""
+    cdef uint64_t first = offset >> 6
+    cdef uint64_t last = (offset + length - 1) >> 6
+    if length == 0:
+        return 0
+    if last > 63:
+        last = 63
+    return (~<uint64_t>0 >> (63 - (last - first))) << first
+
+
+cdef bint code_overlaps(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil:
+    """True if bytes of [hva, hva + length), within one page, may belong to translated code."""
+    cdef CodePage* p
+    if v.cache == NULL:
+        return False
+    p = _page_find(<Cache*>v.cache, hva & ~<uint64_t>0xFFF)
+    return p != NULL and (p.chunks & _chunks(hva & 0xFFF, length)) != 0
+
+
+cdef void _unhash(Cache* c, Block* b) noexcept nogil:
+    cdef Block** at = &c.hash[_hash(b.hva, b.rip, b.mode) & c.hash_mask]
+    while at[0] != NULL:
+        if at[0] == b:
+            at[0] = b.hash_next
+            return
+        at = &at[0].hash_next
+
+
+cdef void _drop_page(Vcpu* v, Cache* c, CodePage* p) noexcept nogil:
+    cdef Block* b = p.first
+    cdef Block* following
+    while b != NULL:
+        following = b.page2_next if b.straddle and b.hva2 == p.hva else b.page_next
+        if b.mode != ~<uint64_t>0:
+            _unhash(c, b)
+            if v.ibt[b.ibt_slot] == <uint64_t>b.entry_ind:
+                v.ibt[b.ibt_slot] = <uint64_t>c.ibt_miss
+            b.mode = ~<uint64_t>0
+            v.n.blocks_dropped += 1
+        b = following
+    p.first = NULL
+    p.chunks = 0
+    v.drop_gen += 1
+
+
+cdef void code_written(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil:
+    """Host memory [hva, hva + length) was written: drop what was translated from it (whole pages at a time)."""
+    cdef Cache* c = <Cache*>v.cache
+    cdef CodePage* p
+    cdef uint64_t end = hva + length
+    cdef uint64_t page
+    cdef uint64_t stop
+    if c == NULL or length == 0:
+        return
+    while hva < end:
+        page = hva & ~<uint64_t>0xFFF
+        stop = page + 0x1000
+        if stop > end:
+            stop = end
+        p = _page_find(c, page)
+        if p != NULL and p.chunks & _chunks(hva - page, stop - hva):
+            v.n.smc_writes += 1
+            _drop_page(v, c, p)
+        hva = stop
+
+
+cdef void _ibt_flush_all(Vcpu* v) noexcept nogil:
+    cdef Cache* c = <Cache*>v.cache
+    cdef uint64_t i
+    cdef uint64_t miss = <uint64_t>c.ibt_miss
+    for i in range(BANKS * IBT_ENTRIES):
+        v.ibt[i] = miss
+    v.n_ibt_used = 0
+
+
+cdef inline bint _kept(uint64_t slot) noexcept nogil:
+    """True for the slots of supervisor targets in the upper half of the address space."""
+    return slot & 0x1000 and slot // IBT_ENTRIES != BANK_USER
+
+
+cdef void ibt_flush(Vcpu* v, int keep_global) noexcept nogil:
+    """Empty the indirect-branch table; with `keep_global` the supervisor's upper half stays."""
+    cdef Cache* c = <Cache*>v.cache
+    cdef uint64_t miss, i
+    if c == NULL:
+        return
+    if not keep_global:
+        _ibt_flush_all(v)
+        return
+    miss = <uint64_t>c.ibt_miss
+    if v.n_ibt_used <= 512:
+        for i in range(v.n_ibt_used):
+            if not _kept(v.ibt_used[i]):
+                v.ibt[v.ibt_used[i]] = miss
+    else:
+        for i in range(BANKS * IBT_ENTRIES):
+            if not _kept(i):
+                v.ibt[i] = miss
+    v.n_ibt_used = 0
+
+
+cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
+    """A linear page may be mapped otherwise: forget every target in it, and what may straddle into it."""
+    cdef Cache* c = <Cache*>v.cache
+    cdef uint64_t bank, i, at
+    cdef uint64_t miss
+    if c == NULL:
+        return
+    miss = <uint64_t>c.ibt_miss
+    lin &= ~<uint64_t>0xFFF
+    for bank in range(BANKS):
+        if bank == BANK_USER and lin >> 63:
+            continue
+        at = bank * IBT_ENTRIES + ibt_hash(lin)
+        for i in range(0x800):
+            v.ibt[at + i] = miss
+        for i in range(1, 17):
+            v.ibt[bank * IBT_ENTRIES + ibt_hash(lin - i)] = miss
+
+
+cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil:
+    v.ibt[b.ibt_slot] = <uint64_t>b.entry_ind
+    if v.n_ibt_used < 512:
+        v.ibt_used[v.n_ibt_used] = b.ibt_slot
+    v.n_ibt_used += 1
+
+
+cdef Block* block_find(Cache* c, uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil:
+    cdef Block* b = c.hash[_hash(hva, rip, mode) & c.hash_mask]
+    while b != NULL:
+        if b.hva == hva and b.rip == rip and b.mode == mode:
+            return b
+        b = b.hash_next
+    return NULL
+
+
+cdef Block* block_new(Cache* c) noexcept nogil:
+    """A zeroed block; NULL when the pool is used up (the caller resets the cache)."""
+    cdef Block* b
+    cdef uint64_t* words
+    cdef size_t i
+    if c.pool_used >= c.pool_size:
+        return NULL
+    b = &c.pool[c.pool_used]
+    c.pool_used += 1
+    words = <uint64_t*>b
+    for i in range(sizeof(Block) // 8):
+        words[i] = 0
+    return b
+
+
+cdef CodePage* _page_make(Cache* c, uint64_t page) noexcept nogil:
+    cdef CodePage* p = _page_find(c, page)
+    cdef uint64_t h
+    if p != NULL:
+        return p
+    p = &c.pages[c.pages_used]
+    c.pages_used += 1
+    h = _page_hash(page) & c.page_hash_mask
+    p.hva = page
+    p.chunks = 0
+    p.first = NULL
+    p.next = c.page_hash[h]
+    c.page_hash[h] = p
+    return p
+
+
+cdef void _protect(Vcpu* v, uint64_t page) noexcept nogil:
+    """From now on every write to the page takes the slow path."""
+    cdef uint32_t i
+    for i in range(BANKS * TLB_ENTRIES):
+        if v.tlb[i].hva == page:
+            v.tlb[i].tag_w = tlb_invalid(i & (TLB_ENTRIES - 1))
+
+
+cdef void block_add(Cache* c, Block* b) noexcept nogil:
+    """Enter a finished block in the tables and protect its page(s)."""
+    cdef uint64_t h = _hash(b.hva, b.rip, b.mode) & c.hash_mask
+    cdef uint64_t page = b.hva & ~<uint64_t>0xFFF
+    cdef CodePage* p = _page_make(c, page)
+    cdef uint64_t first_len = b.guest_len
+    b.hash_next = c.hash[h]
+    c.hash[h] = b
+    if b.straddle:
+        first_len = 0x1000 - (b.hva & 0xFFF)
+    if p.chunks == 0:
+        _protect(c.vcpu, page)
+    p.chunks |= _chunks(b.hva & 0xFFF, first_len)
+    b.page_next = p.first
+    p.first = b
+    if b.straddle and b.hva2 == page:
+        b.hva2 = 0
+    if b.straddle and b.hva2 != 0:
+        p = _page_make(c, b.hva2)
+        if p.chunks == 0:
+            _protect(c.vcpu, b.hva2)
+        p.chunks |= _chunks(0, b.guest_len - first_len)
+        b.page2_next = p.first
+        p.first = b
+
+
+cdef void cache_reset(Cache* c) noexcept nogil:
+    """Drop every block. Nothing of the cache may be running."""
+    cdef uint64_t i
+    for i in range(c.hash_mask + 1):
+        c.hash[i] = NULL
+    for i in range(c.page_hash_mask + 1):
+        c.page_hash[i] = NULL
+    c.pool_used = 0
+    c.pages_used = 0
+    c.at = c.start
+    c.generation += 1
+    c.vcpu.drop_gen += 1
+    c.vcpu.n.cache_flushes += 1
+    _ibt_flush_all(c.vcpu)
+
+
+cdef bint cache_room(Cache* c, uint64_t bytes) noexcept nogil:
+    return <uint64_t>(c.at - c.rw) + bytes <= c.size and c.pages_used + 2 <= c.pages_size and c.pool_used < c.pool_size
+
+
+cdef Block* block_at_host(Cache* c, uint64_t rx) noexcept nogil:
+    """The block whose code holds host address `rx` (slow: for signals only)."""
+    cdef uint64_t i
+    for i in range(c.pool_used):
+        if <uint64_t>c.pool[i].entry_ind <= rx < <uint64_t>c.pool[i].end:
+            return &c.pool[i]
+    return NULL
