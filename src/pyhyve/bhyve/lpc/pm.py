@@ -1,7 +1,7 @@
 """ACPI's fixed hardware: PM1a event and control blocks, GPE0, the SMI command port, and the power button.
 
 Only the chip: the PM timer is `vmm.io.vpmtmr`, at its own port between the blocks. Three handlers, each with offsets
-from its own range: the object itself for PM1a (8 bytes), `.gpe0` (2 bytes) and `.smi_command` (1 byte).
+from its own range: the object itself for PM1a (6 bytes), `.gpe0` (4 bytes) and `.smi_command` (1 byte).
 
 Source: ACPI 6.5, "ACPI Hardware Specification", "ACPI Register Model".
 """
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from pyhyve.base.protocols import IrqPin
+from pyhyve.bhyve.layout import ACPI_DISABLE, ACPI_ENABLE, PM1_SLEEP_S5
 
 # Offsets in the PM1a range: event block (status, enable), then control block.
 PM1_STATUS: Final = 0
 PM1_ENABLE: Final = 2
 PM1_CONTROL: Final = 4
-PM1_LENGTH: Final = 8
-GPE0_LENGTH: Final = 2
+PM1_LENGTH: Final = 6
 
 STS_TIMER: Final = 1 << 0
 STS_BUS_MASTER: Final = 1 << 4
@@ -34,11 +34,6 @@ CNT_BUS_MASTER_RELOAD: Final = 1 << 1
 CNT_SLEEP_TYPE_SHIFT: Final = 10
 CNT_SLEEP_TYPE: Final = 7 << CNT_SLEEP_TYPE_SHIFT
 CNT_SLEEP_ENABLE: Final = 1 << 13
-
-SLEEP_TYPE_S5: Final = 5
-"""The value of SLP_TYP that turns the machine off; the DSDT's _S5 package says the same."""
-ACPI_ENABLE: Final = 0xA0
-ACPI_DISABLE: Final = 0xA1
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class PowerManagement:
         self._update_sci()
         if self._control & CNT_SLEEP_ENABLE:
             self._control &= ~CNT_SLEEP_ENABLE  # it reads as zero
-            if (self._control & CNT_SLEEP_TYPE) >> CNT_SLEEP_TYPE_SHIFT == SLEEP_TYPE_S5:
+            if (self._control & CNT_SLEEP_TYPE) >> CNT_SLEEP_TYPE_SHIFT == PM1_SLEEP_S5:
                 self._on_poweroff()
 
     def _write_byte(self, offset: int, value: int) -> None:
@@ -104,8 +99,8 @@ class PowerManagement:
         return bool(self._control & CNT_SCI_ENABLE and self._enable & STS_POWER_BUTTON)
 
     def raise_gpe(self, bit: int) -> None:
-        """Latch general-purpose event `bit` (0-7)."""
-        self._gpe_status |= 1 << bit & 0xFF
+        """Latch general-purpose event `bit` (0-15)."""
+        self._gpe_status |= 1 << bit & 0xFFFF
         self._update_sci()
 
     def set_acpi_mode(self, enabled: bool) -> None:
@@ -134,22 +129,23 @@ class PowerManagement:
 
 
 class _Gpe0:
-    """The GPE0 block: a byte of status, a byte of enable."""
+    """The GPE0 block: two bytes of status, two of enable."""
 
     def __init__(self, pm: PowerManagement) -> None:
         self._pm = pm
 
     def read(self, offset: int, size: int) -> int:
-        block = self._pm._gpe_status | self._pm._gpe_enable << 8 | ~0xFFFF
+        block = self._pm._gpe_status | self._pm._gpe_enable << 16
         return block >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
         for i in range(size):
             byte = value >> 8 * i & 0xFF
-            if offset + i == 0:
-                self._pm._gpe_status &= ~byte
-            elif offset + i == 1:
-                self._pm._gpe_enable = byte
+            shift = 8 * (offset + i & 1)
+            if offset + i < 2:
+                self._pm._gpe_status &= ~(byte << shift)
+            elif offset + i < 4:
+                self._pm._gpe_enable = self._pm._gpe_enable & ~(0xFF << shift) | byte << shift
         self._pm._update_sci()
 
 
