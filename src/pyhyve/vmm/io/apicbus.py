@@ -1,0 +1,144 @@
+"""What joins the local APICs: it finds the destinations of an interrupt message and brings EOIs to the I/O APICs.
+
+Intel SDM vol 3, "Determining IPI Destination" and "Interrupt Distribution Mechanisms".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, Protocol
+
+from pyhyve.vmm.io.msi import decode_msi
+
+# Delivery modes: the same three bits in the ICR, the LVT, a redirection entry and MSI data.
+FIXED: Final = 0
+LOWEST_PRIORITY: Final = 1
+SMI: Final = 2
+NMI: Final = 4
+INIT: Final = 5
+STARTUP: Final = 6
+EXTINT: Final = 7
+
+BROADCAST: Final = 0xFF
+BROADCAST_X2APIC: Final = 0xFFFFFFFF
+
+
+class LocalApic(Protocol):
+    """What the bus asks of a local APIC."""
+
+    @property
+    def apic_id(self) -> int: ...
+
+    @property
+    def enabled(self) -> bool:
+        """Hardware- and software-enabled: fixed interrupts are accepted."""
+        ...
+
+    @property
+    def ppr(self) -> int: ...
+
+    def accepts_logical(self, dest: int) -> bool: ...
+
+    def receive(self, mode: int, vector: int, level: bool) -> bool: ...
+
+
+class EoiListener(Protocol):
+    """An I/O APIC, as seen from the bus."""
+
+    def eoi(self, vector: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ApicBusV1:
+    SCHEMA: ClassVar[tuple[str, int]] = ("apicbus", 1)
+    dropped: int
+    undelivered: int
+
+
+class ApicBus:
+    """All local APICs of a VM, by id. An `MsiSink`.
+
+    dropped: MSIs that were no interrupt message. undelivered: interrupts that no local APIC accepted.
+    extint: the INTA cycle: asks the 8259 pair for a vector; None where there is no 8259.
+    """
+
+    __slots__ = ("_by_id", "_ioapics", "_vlapics", "dropped", "extint", "undelivered")
+
+    def __init__(self) -> None:
+        self._vlapics: tuple[LocalApic, ...] = ()
+        self._by_id: dict[int, LocalApic] = {}
+        self._ioapics: tuple[EoiListener, ...] = ()
+        self.dropped = 0
+        self.undelivered = 0
+        self.extint: Callable[[], int] | None = None
+
+    def attach(self, vlapic: LocalApic) -> None:
+        """Add a local APIC; its id must be new (ValueError)."""
+        if vlapic.apic_id in self._by_id:
+            raise ValueError(f"local APIC id {vlapic.apic_id} is already on the bus")
+        self._by_id[vlapic.apic_id] = vlapic
+        self._vlapics = (*self._vlapics, vlapic)
+
+    def attach_ioapic(self, ioapic: EoiListener) -> None:
+        """Send the EOIs of level-triggered vectors to `ioapic` too."""
+        self._ioapics = (*self._ioapics, ioapic)
+
+    def send_msi(self, addr: int, data: int) -> None:
+        """Deliver a message by the guest's own `addr` and `data`; one that is no interrupt message is counted."""
+        message = decode_msi(addr, data)
+        if message is None:
+            self.dropped += 1
+        elif message.asserted:
+            self.deliver(message.dest, message.logical, message.mode, message.vector, message.level)
+
+    def deliver(
+        self, dest: int, logical: bool, mode: int, vector: int, level_trigger: bool, x2apic: bool = False
+    ) -> int:
+        """Deliver to every local APIC that `dest` names; return how many accepted.
+
+        `x2apic`: `dest` has the sender's 32-bit format (an ICR in x2APIC mode), else 8 bits. Every receiver reads a
+        logical destination by its own mode: flat, cluster or x2APIC.
+        """
+        targets: tuple[LocalApic, ...]
+        if dest == (BROADCAST_X2APIC if x2apic else BROADCAST):
+            targets = self._vlapics
+        elif logical:
+            targets = tuple(vlapic for vlapic in self._vlapics if vlapic.accepts_logical(dest))
+        else:
+            vlapic = self._by_id.get(dest)
+            targets = () if vlapic is None else (vlapic,)
+        if mode == LOWEST_PRIORITY and len(targets) > 1:
+            targets = self._lowest_priority(targets, vector)
+        accepted = 0
+        for target in targets:
+            accepted += target.receive(mode, vector, level_trigger)
+        if not accepted:
+            self.undelivered += 1
+        return accepted
+
+    def deliver_all(self, mode: int, vector: int, exclude: LocalApic | None) -> None:
+        """The ICR's shorthands "all including self" and, with `exclude`, "all excluding self"."""
+        for target in self._vlapics:
+            if target is not exclude:
+                target.receive(mode, vector, False)
+
+    def eoi(self, vector: int) -> None:
+        """A level-triggered vector was completed: every I/O APIC hears of it."""
+        for ioapic in self._ioapics:
+            ioapic.eoi(vector)
+
+    def save(self) -> ApicBusV1:
+        return ApicBusV1(self.dropped, self.undelivered)
+
+    def restore(self, state: ApicBusV1) -> None:
+        self.dropped = state.dropped
+        self.undelivered = state.undelivered
+
+    @staticmethod
+    def _lowest_priority(targets: tuple[LocalApic, ...], vector: int) -> tuple[LocalApic, ...]:
+        """One enabled target of the lowest processor priority; the vector spreads equals over them."""
+        enabled = [target for target in targets if target.enabled]
+        if not enabled:
+            return ()
+        lowest = min(target.ppr >> 4 for target in enabled)
+        equals = [target for target in enabled if target.ppr >> 4 == lowest]
+        return (equals[vector % len(equals)],)

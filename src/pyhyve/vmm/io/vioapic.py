@@ -1,0 +1,183 @@
+"""The I/O APIC: 24 (or more) shared pins, each with its redirection entry.
+
+Intel 82093AA datasheet, "Register Description", and for the EOI register (version 0x20) the ICH9 datasheet,
+"I/O APIC". The polarity bit is kept but ignored: a pin is asserted or not, as under bhyve.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from pyhyve.vmm.io.apicbus import FIXED, LOWEST_PRIORITY, ApicBus
+from pyhyve.vmm.io.line import Line, LineSource
+
+IOAPIC_VERSION: Final = 0x20
+
+# Memory-mapped registers, offsets.
+IOREGSEL: Final = 0x00
+IOWIN: Final = 0x10
+EOI: Final = 0x40
+
+# Indirect registers.
+IOAPICID: Final = 0x00
+IOAPICVER: Final = 0x01
+IOAPICARB: Final = 0x02
+IOREDTBL: Final = 0x10
+
+# Redirection entry, "I/O Redirection Table Registers".
+RTE_VECTOR: Final = 0xFF
+RTE_LOGICAL: Final = 1 << 11
+RTE_DELIVERY_STATUS: Final = 1 << 12
+RTE_REMOTE_IRR: Final = 1 << 14
+RTE_LEVEL: Final = 1 << 15
+RTE_MASKED: Final = 1 << 16
+RTE_RESET: Final = RTE_MASKED
+_RTE_WRITABLE: Final = 0xFF000000_0001AFFF
+
+
+@dataclass(frozen=True, slots=True)
+class VioapicV1:
+    """`levels`: for each pin what its sources hold, in the order in which they were made."""
+
+    SCHEMA: ClassVar[tuple[str, int]] = ("vioapic", 1)
+    select: int
+    apic_id: int
+    entries: tuple[int, ...]
+    levels: tuple[tuple[bool, ...], ...]
+
+
+class Vioapic:
+    """The register page and the pins. Callers hold the interrupt fabric's lock."""
+
+    __slots__ = ("_apic_id", "_bus", "_entries", "_lines", "_select", "pins")
+
+    def __init__(self, bus: ApicBus, apic_id: int = 0, pins: int = 24) -> None:
+        if not 1 <= pins <= 120:
+            raise ValueError(f"an I/O APIC has 1 to 120 pins, not {pins}")
+        self._bus = bus
+        self.pins = pins
+        self._apic_id = apic_id
+        self._select = 0
+        self._entries = [RTE_RESET] * pins
+        self._lines = [Line(self._on_change(pin)) for pin in range(pins)]
+
+    def pin(self, n: int) -> LineSource:
+        """A new source of pin `n` (0 <= n < pins, else ValueError); a pin may have several."""
+        if not 0 <= n < self.pins:
+            raise ValueError(f"I/O APIC pin {n}: there are pins 0 to {self.pins - 1}")
+        return self._lines[n].source()
+
+    def entry(self, n: int) -> int:
+        """The redirection entry of pin `n`, 64 bits."""
+        return self._entries[n]
+
+    def asserters(self, n: int) -> int:
+        """How many sources hold pin `n`."""
+        return self._lines[n].count
+
+    def reset(self) -> None:
+        """Registers as at power-up; the pins keep the levels that their sources hold."""
+        self._select = 0
+        self._entries = [RTE_RESET] * self.pins
+
+    # -- registers ----------------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> int:
+        register = offset & ~3
+        if register == IOREGSEL:
+            value = self._select
+        elif register == IOWIN:
+            value = self._read_indirect(self._select)
+        else:
+            value = 0
+        return value >> (8 * (offset & 3)) & ((1 << (8 * size)) - 1)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if offset == IOREGSEL:
+            self._select = value & 0xFF
+        elif offset == IOWIN:
+            self._write_indirect(self._select, value & 0xFFFFFFFF)
+        elif offset == EOI:
+            self.eoi(value & 0xFF)
+
+    def _read_indirect(self, index: int) -> int:
+        if index >= IOREDTBL:
+            pin, high = divmod(index - IOREDTBL, 2)
+            if pin < self.pins:
+                return self._entries[pin] >> (32 * high) & 0xFFFFFFFF
+        elif index in (IOAPICID, IOAPICARB):
+            return (self._apic_id & 0xF) << 24
+        elif index == IOAPICVER:
+            return (self.pins - 1) << 16 | IOAPIC_VERSION
+        return 0
+
+    def _write_indirect(self, index: int, value: int) -> None:
+        if index >= IOREDTBL:
+            pin, high = divmod(index - IOREDTBL, 2)
+            if pin < self.pins:
+                self._write_entry(pin, value << (32 * high), 0xFFFFFFFF << (32 * high))
+        elif index == IOAPICID:
+            self._apic_id = value >> 24 & 0xF
+
+    def _write_entry(self, pin: int, value: int, mask: int) -> None:
+        """Change half an entry, then look at the pin again.
+
+        A level still asserted is sent (unless remote IRR says that it has been). An edge is sent when the entry is
+        unmasked under a line still high: the edge itself was lost to the mask. Making a pin edge-triggered clears
+        remote IRR, which is how systems without an EOI register get rid of it.
+        """
+        old = self._entries[pin]
+        writable = _RTE_WRITABLE & mask
+        new = old & ~writable | value & writable
+        if not new & RTE_LEVEL:
+            new &= ~RTE_REMOTE_IRR
+        self._entries[pin] = new
+        if self._lines[pin].count and (new & RTE_LEVEL or old & RTE_MASKED):
+            self._send(pin)
+
+    # -- pins ---------------------------------------------------------------------------------------------------------
+
+    def _on_change(self, pin: int) -> Callable[[bool], None]:
+        def changed(asserted: bool) -> None:
+            if asserted:
+                self._send(pin)
+
+        return changed
+
+    def _send(self, pin: int) -> None:
+        """Send the interrupt of an asserted pin, if its entry lets it. Remote IRR is set once an APIC has accepted."""
+        entry = self._entries[pin]
+        if entry & (RTE_MASKED | RTE_REMOTE_IRR):
+            return
+        mode = entry >> 8 & 7
+        level = bool(entry & RTE_LEVEL) and mode in (FIXED, LOWEST_PRIORITY)
+        if level:
+            # Before delivery, so that an EOI that follows at once finds it.
+            self._entries[pin] = entry | RTE_REMOTE_IRR
+        accepted = self._bus.deliver(entry >> 56, bool(entry & RTE_LOGICAL), mode, entry & RTE_VECTOR, level)
+        if level and not accepted:
+            self._entries[pin] &= ~RTE_REMOTE_IRR
+
+    def eoi(self, vector: int) -> None:
+        """A local APIC completed a level-triggered `vector`: sample its pins, send again what is still asserted."""
+        for pin, entry in enumerate(self._entries):
+            if entry & RTE_REMOTE_IRR and entry & RTE_VECTOR == vector:
+                self._entries[pin] = entry & ~RTE_REMOTE_IRR
+                if self._lines[pin].count:
+                    self._send(pin)
+
+    # -- saved state --------------------------------------------------------------------------------------------------
+
+    def save(self) -> VioapicV1:
+        levels = tuple(line.levels() for line in self._lines)
+        return VioapicV1(self._select, self._apic_id, tuple(self._entries), levels)
+
+    def restore(self, state: VioapicV1) -> None:
+        """Take over a saved state; nothing is sent. ValueError if it has another number of pins."""
+        if len(state.entries) != self.pins:
+            raise ValueError(f"state of an I/O APIC of {len(state.entries)} pins given to one of {self.pins}")
+        self._select = state.select
+        self._apic_id = state.apic_id
+        self._entries = list(state.entries)
+        for line, levels in zip(self._lines, state.levels, strict=True):
+            line.restore(levels)
