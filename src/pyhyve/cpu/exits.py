@@ -28,6 +28,9 @@ EPT_MISCONFIG: Final = 49
 WBINVD: Final = 54
 ENGINE_ERROR: Final = 255
 """The engine met something that it cannot run (a limit or a bug); `qualification` and `message()` say what."""
+MMIO: Final = 256
+"""An access outside RAM that the processor has decoded itself; finish it by `complete_mmio(value)`. Not of VT-x: an
+engine that leaves decoding to the monitor exits with EPT_VIOLATION instead."""
 
 NAMES: Final[dict[int, str]] = {
     value: name.lower().replace("_", "-") for name, value in list(globals().items()) if isinstance(value, int)

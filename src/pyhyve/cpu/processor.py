@@ -72,9 +72,13 @@ class Exit(Protocol):
 
     EPT_VIOLATION: qualification (bit 0 read, 1 write, 2 fetch), gpa, gla; RIP at the instruction.
     IO: io_port, io_size (1, 2, 4), io_in, io_value for OUT. RIP is already behind the instruction; an IN is completed
-    by `VcpuBackend.complete_io(value)`. With io_string (INS/OUTS) RIP is at the instruction: the monitor emulates it.
+    by `VcpuBackend.complete_io(value)`. With io_string (INS/OUTS) RIP is at the instruction: the monitor emulates it;
+    an engine that decodes strings itself exits once for each element instead, without io_string.
     RDMSR, WRMSR: msr, msr_value; RIP at the instruction; finish by `complete_rdmsr(value)` or `complete_wrmsr()`, or
     inject #GP. HLT: RIP behind it. CPUID, CR_ACCESS, PAUSE, VMCALL, ...: RIP at the instruction, `length` its bytes.
+    MMIO: mmio_gpa, mmio_size (1-8 bytes, within a page), mmio_write, mmio_value for a write. A read is completed by
+    `complete_mmio(value)`; one left alone reads all ones. An instruction may exit several times (a string operation,
+    an operand over a page end); RIP is behind it after the last.
     """
 
     reason: int
@@ -89,6 +93,10 @@ class Exit(Protocol):
     io_value: int
     msr: int
     msr_value: int
+    mmio_gpa: int
+    mmio_size: int
+    mmio_write: bool
+    mmio_value: int
 
 
 class VcpuBackend(Protocol):
@@ -156,6 +164,11 @@ class VcpuBackend(Protocol):
     def complete_rdmsr(self, value: int) -> None: ...
 
     def complete_wrmsr(self) -> None: ...
+
+    def complete_mmio(self, value: int) -> None:
+        """The answer to an MMIO exit's read; for a write it has no effect. Only engines that exit with MMIO have it do
+        anything."""
+        ...
 
     def skip(self, length: int) -> None:
         """RIP += length; ends an STI/MOV SS shadow."""
