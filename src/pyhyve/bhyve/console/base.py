@@ -25,7 +25,7 @@ class Console(Protocol):
     """
 
     def write(self, data: bytes) -> None:
-        """Take bytes from the guest. Never blocks and never raises; any thread may, before start() and after stop() too."""
+        """Take bytes from the guest. Never blocks and never raises; from any thread, even after stop()."""
         ...
 
     def start(self, on_input: OnInput, on_quit: OnQuit) -> None: ...
