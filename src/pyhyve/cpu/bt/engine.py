@@ -1,0 +1,40 @@
+"""The software processor as an engine: see pyhyve.cpu.processor."""
+
+from pyhyve.cpu.bt.run import BtVcpu, host_lacks
+from pyhyve.cpu.processor import Capabilities
+
+
+class BtVm:
+    """What the software processor keeps for a VM: its vCPUs. Memory it finds through the EPT."""
+
+    def __init__(self) -> None:
+        self.vcpus: list[BtVcpu] = []
+
+    def create_vcpu(self, vcpu_id: int) -> BtVcpu:
+        vcpu = BtVcpu(vcpu_id)
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def map_memory(self, gpa: int, hva: int, length: int, writable: bool) -> None:
+        """Nothing to do: the processor walks the EPT."""
+
+    def unmap_memory(self, gpa: int, length: int) -> None:
+        """Nothing to do: the EPT's generation tells."""
+
+    def close(self) -> None:
+        self.vcpus.clear()
+
+
+class Engine:
+    """Binary translation to the host's own instruction set; works without hardware virtualization."""
+
+    name = "bt"
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(name="bt", ept_ad=True, ept_2m=True, ept_1g=True, max_vcpus=1, xcr0=7, notes=("pcid",))
+
+    def unavailable(self) -> str | None:
+        return host_lacks()
+
+    def create_vm(self) -> BtVm:
+        return BtVm()

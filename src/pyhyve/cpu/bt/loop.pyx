@@ -1,0 +1,362 @@
+# cython: language_level=3
+"""See loop.pxd. Everything here runs while the guest's vector state is live in the host's registers: general registers
+only, no call into the C library."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyhyve.cpu.bt.codecache cimport *
+from pyhyve.cpu.bt.decode cimport C_COPY, C_INVALID, Insn
+from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
+from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
+from pyhyve.cpu.bt.state cimport *
+from pyhyve.cpu.bt.translate cimport *
+
+ctypedef void (*enter_fn)(Vcpu*, void*) noexcept nogil
+
+
+cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
+    """The mode key of the code that runs now."""
+    cdef uint64_t mode = v.cpl
+    cdef uint32_t attr = v.seg[SEG_CS].attr
+    if v.efer & 0x400 and attr & 0x2000:
+        mode |= 2 << MODE_SIZE_SHIFT
+    else:
+        if v.cr0 & 1 and not v.sysflags & F_VM and attr & 0x4000:
+            mode |= 1 << MODE_SIZE_SHIFT
+        mode |= (v.seg[SEG_CS].base & <uint64_t>0xFFFFFFFF) << MODE_CSBASE_SHIFT
+    if v.cpl != 3 and v.acflag:
+        mode |= MODE_AC
+    if v.cr0 & 0xC:
+        mode |= MODE_NOFP
+    if v.cr4 & (1 << 18) and v.xcr0 & 4:
+        mode |= MODE_AVX
+    return mode
+
+
+cdef inline void _fault(Vcpu* v, uint32_t vector, int has_error) noexcept nogil:
+    v.fault_vector = vector
+    v.fault_has_error = has_error
+    v.fault_error = 0
+    v.fault_addr = 0
+
+
+# --- helpers called by generated code --------------------------------------------------------------------------------
+
+cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int bank, int slow, int* r) noexcept nogil:
+    """Where an access over a page's end goes: host address (contiguous pages, or the bounce buffer); 0 with *r set."""
+    cdef uint64_t hva1, hva2, info1, info2
+    cdef uint32_t first = 0x1000 - <uint32_t>(lin & 0xFFF)
+    info1 = info2 = 0
+    r[0] = mmu_page(v, lin, access, bank, &hva1, &info1)
+    if r[0] != R_OK:
+        return 0
+    r[0] = mmu_page(v, lin + first, access, bank, &hva2, &info2)
+    if r[0] != R_OK:
+        return 0
+    if access == ACCESS_WRITE and (info1 | info2) & MMU_CODE:
+        if not slow and (code_overlaps(v, hva1, first) or code_overlaps(v, hva2, width - first)):
+            r[0] = R_SLOW
+            return 0
+        if slow:
+            code_written(v, hva1, first)
+            code_written(v, hva2, width - first)
+    if hva2 == hva1 + first:
+        return hva1
+    if access == ACCESS_WRITE and not slow:
+        r[0] = R_SLOW
+        return 0
+    bt_copy(v.bounce, <void*>hva1, first)
+    bt_copy(v.bounce + first, <void*>hva2, width - first)
+    if access == ACCESS_WRITE:
+        v.bounce_lin = lin
+        v.bounce_len = width
+        v.bounce_bank = bank
+    return <uint64_t>v.bounce
+
+
+cdef uint64_t _leave_access(Vcpu* v, int r, uint32_t width) noexcept nogil:
+    if r == R_EXIT:
+        v.leave_reason = LEAVE_EXIT
+    elif r == R_SLOW or width > 8:
+        # a fault of a group of stack accesses is found again, exactly, by the instruction alone
+        v.leave_reason = LEAVE_SLOW
+    else:
+        v.leave_reason = LEAVE_FAULT
+    return 0
+
+
+cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
+    """A TLB miss in a block: returns the host address and goes on, or leaves."""
+    cdef uint64_t hva, info
+    cdef int r
+    cdef int access = m.access
+    cdef int bank = m.bank
+    cdef uint32_t width = m.width
+    v.rip = m.rip
+    v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if (lin & 0xFFF) + width > 0x1000:
+        hva = _two_pages(v, lin, width, access, bank, 0, &r)
+        if hva:
+            return hva
+        return _leave_access(v, r, width)
+    r = mmu_fill(v, lin, access, bank)
+    if r == R_OK:
+        return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF)
+    if r == R_SLOW:
+        r = mmu_page(v, lin, access, bank, &hva, &info)
+        if r == R_OK:
+            if not code_overlaps(v, hva, width):
+                return hva
+            r = R_SLOW
+    return _leave_access(v, r, width)
+
+
+cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
+    """Every access of a slow block."""
+    cdef uint64_t hva
+    cdef uint64_t info = 0
+    cdef int r
+    v.rip = m.rip
+    v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if (lin & 0xFFF) + m.width > 0x1000:
+        hva = _two_pages(v, lin, m.width, m.access, m.bank, 1, &r)
+    else:
+        hva = 0
+        r = mmu_page(v, lin, m.access, m.bank, &hva, &info)
+        if r == R_OK and info & MMU_CODE and m.access == ACCESS_WRITE:
+            code_written(v, hva, m.width)
+    if r != R_OK:
+        v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
+        return 0
+    return hva
+
+
+cdef uint64_t _h_commit(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
+    """Behind a slow block's store: carry the bounce buffer out."""
+    v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if v.bounce_len:
+        mmu_write(v, v.bounce_lin, v.bounce, v.bounce_len, <int>v.bounce_bank)
+        v.bounce_len = 0
+    return 1
+
+
+cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
+    """Run one instruction in microcode in the middle of a block."""
+    cdef uint64_t dropped = v.drop_gen
+    cdef int r
+    v.rip = m.rip
+    v.n.microcode += 1
+    r = microcode(v, &m.insn)
+    if r != R_OK:
+        v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
+        return 0
+    if v.rip != m.rip + m.insn.length or v.poll or v.drop_gen != dropped or v.shadow or v.sysflags & F_TF \
+            or compute_mode(v) != v.mode_key or (v.window and v.iflag):
+        v.leave_reason = LEAVE_BRANCH
+        return 0
+    v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    return 1
+
+
+cdef void loop_init(Cache* c) noexcept nogil:
+    make_thunks(c, _h_miss, _h_slow, _h_commit, _h_micro)
+    cache_reset(c)
+    c.vcpu.n.cache_flushes = 0
+
+
+cdef uint64_t loop_guest_rip(Cache* c, uint64_t rx, int* found) noexcept nogil:
+    cdef Block* b = block_at_host(c, rx)
+    cdef uint32_t k
+    cdef uint64_t offset, guest
+    found[0] = 0
+    if b == NULL:
+        return 0
+    offset = rx - <uint64_t>b.entry_ind
+    guest = 0
+    for k in range(b.n_insns):
+        if b.marks[2 * k] > offset:
+            break
+        guest = b.marks[2 * k + 1]
+    found[0] = 1
+    return b.rip + guest
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+cdef int _block(Vcpu* v, Cache* c, uint64_t mode, Block** out) noexcept nogil:
+    """The block at v.rip for `mode`, translated if need be."""
+    cdef uint64_t lin = v.rip
+    cdef uint64_t page, page2, info
+    cdef Block* b
+    cdef int r, straddle
+    cdef int bank = v.bank
+    if not mode & (2 << MODE_SIZE_SHIFT):
+        lin = (lin + (mode >> MODE_CSBASE_SHIFT)) & <uint64_t>0xFFFFFFFF
+    r = mmu_fetch(v, lin, bank, &page, &info)
+    if r != R_OK:
+        return r
+    page += lin & 0xFFF
+    if not mode & MODE_SLOW:
+        b = block_find(c, page, v.rip, mode)
+        if b != NULL:
+            if not b.straddle:
+                out[0] = b
+                return R_OK
+            r = mmu_fetch(v, (lin & ~<uint64_t>0xFFF) + 0x1000, bank, &page2, &info)
+            if r != R_OK:
+                return r
+            if page2 == b.hva2 or (b.hva2 == 0 and page2 == page & ~<uint64_t>0xFFF):
+                out[0] = b
+                return R_OK
+            code_written(v, page, 1)
+    b = translate(c, v.rip, <const uint8_t*>page, 0x1000 - <int>(lin & 0xFFF), 0, mode, &straddle)
+    if b == NULL and straddle:
+        r = mmu_fetch(v, (lin & ~<uint64_t>0xFFF) + 0x1000, bank, &page2, &info)
+        if r != R_OK:
+            return r
+        b = translate(c, v.rip, <const uint8_t*>page, 0x1000 - <int>(lin & 0xFFF), page2, mode, &straddle)
+        if b == NULL:
+            cache_reset(c)
+            b = translate(c, v.rip, <const uint8_t*>page, 0x1000 - <int>(lin & 0xFFF), page2, mode, &straddle)
+    elif b == NULL:
+        cache_reset(c)
+        b = translate(c, v.rip, <const uint8_t*>page, 0x1000 - <int>(lin & 0xFFF), 0, mode, &straddle)
+    if b == NULL:
+        v.exit.reason = X_ENGINE_ERROR
+        v.exit.qualification = 1
+        return R_EXIT
+    if not mode & MODE_SLOW:
+        block_add(c, b)
+    out[0] = b
+    return R_OK
+
+
+cdef int _inject(Vcpu* v) noexcept nogil:
+    cdef int r
+    v.inject_valid = 0
+    if v.inject_type == 3:
+        v.fault_vector = v.inject_vector
+        v.fault_has_error = v.inject_has_error
+        v.fault_error = v.inject_error
+        v.fault_addr = v.cr2
+        r = deliver_exception(v)
+    else:
+        r = deliver_interrupt(v, v.inject_vector, v.inject_type == 4, v.inject_has_error, v.inject_error)
+    if r == R_EXIT and v.exit.reason != X_TRIPLE_FAULT:
+        v.inject_valid = 1
+    elif v.inject_type != 3:
+        v.n.interrupts += 1
+    v.shadow = 0
+    return r
+
+
+cdef int loop_run(Vcpu* v) noexcept nogil:
+    cdef Cache* c = <Cache*>v.cache
+    cdef enter_fn enter = <enter_fn>c.enter
+    cdef uint8_t* poll = <uint8_t*>&v.poll
+    cdef uint64_t mode, dropped
+    cdef Block* b = NULL
+    cdef LinkMeta* link = NULL
+    cdef MicroMeta* micro
+    cdef int r
+    cdef int slow = 0
+    cdef int step
+    cdef uint8_t* site
+    cdef Insn insn
+
+    update_bank(v)
+    v.bounce_len = 0
+    while True:
+        if v.inject_valid:
+            if _inject(v) == R_EXIT:
+                return v.exit.reason
+            update_bank(v)
+        if v.poll:
+            poll[6] = 0
+            poll[7] = 0
+            if v.kick:
+                v.kick = 0
+                v.exit.reason = X_EXTERNAL_INTERRUPT
+                return X_EXTERNAL_INTERRUPT
+        if not v.shadow:
+            if v.window and v.iflag:
+                v.exit.reason = X_INTERRUPT_WINDOW
+                return X_INTERRUPT_WINDOW
+            if v.nmi_window and not v.nmi_blocked:
+                v.exit.reason = X_NMI_WINDOW
+                return X_NMI_WINDOW
+        elif not slow:
+            slow = 1
+        step = v.sysflags & F_TF
+        if step:
+            slow = 1
+        v.n.dispatches += 1
+        mode = compute_mode(v)
+        if (mode & ~<uint64_t>MODE_BANK_BITS) != v.ibt_mode:
+            v.ibt_mode = mode & ~<uint64_t>MODE_BANK_BITS
+            ibt_flush(v, 0)
+            link = NULL
+        v.mode_key = mode
+        dropped = v.drop_gen
+        r = _block(v, c, mode | MODE_SLOW if slow else mode, &b)
+        if r != R_OK:
+            link = NULL
+            slow = 0
+            if r == R_EXIT:
+                return v.exit.reason
+            if deliver_exception(v) == R_EXIT:
+                return v.exit.reason
+            update_bank(v)
+            v.shadow = 0
+            continue
+        if slow:
+            v.shadow = 0
+            v.n.slow_insns += 1
+        else:
+            ibt_set(v, b)
+            if link != NULL and dropped == v.drop_gen and not b.straddle:
+                site = <uint8_t*>link - (c.rx - c.rw) + link.site
+                (<int32_t*>site)[0] = <int32_t>((b.entry_poll if link.poll else b.entry_direct)
+                                                - (<uint8_t*>link + link.site + 4))
+        link = NULL
+        enter(v, b.entry_direct)
+        if slow:
+            c.pool_used -= 1
+            slow = 0
+        r = R_OK
+        if v.leave_reason == LEAVE_LINK:
+            link = <LinkMeta*>v.leave_arg
+        elif v.leave_reason == LEAVE_MICRO:
+            micro = <MicroMeta*>v.leave_arg
+            insn = micro.insn
+            v.n.microcode += 1
+            if insn.cls == C_INVALID:
+                _fault(v, 6, 0)
+                r = R_FAULT
+            elif insn.cls == C_COPY:
+                # an x87 or vector instruction under CR0.TS or CR0.EM
+                _fault(v, 6 if v.cr0 & 4 and not (insn.map == 0) else 7, 0)
+                r = R_FAULT
+            else:
+                r = microcode(v, &insn)
+            update_bank(v)
+        elif v.leave_reason == LEAVE_FAULT:
+            r = R_FAULT
+        elif v.leave_reason == LEAVE_EXIT:
+            return v.exit.reason
+        elif v.leave_reason == LEAVE_SLOW:
+            slow = 1
+            continue
+        else:
+            update_bank(v)
+        if r == R_OK and step:
+            v.dr[6] |= 0x4000
+            _fault(v, 1, 0)
+            r = R_FAULT
+        if r == R_FAULT:
+            if deliver_exception(v) == R_EXIT:
+                return v.exit.reason
+            update_bank(v)
+            v.shadow = 0
+        elif r == R_EXIT:
+            return v.exit.reason

@@ -1,0 +1,665 @@
+# cython: language_level=3
+"""The software processor's vCPU as the monitor sees it: see pyhyve.cpu.processor.VcpuBackend.
+
+Also here is what belongs to the host: the code cache's two mappings, the guest's vector state around each run, and the
+signals that the host's processor raises in generated code.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, code_written
+from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
+from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
+from pyhyve.cpu.bt.state cimport *
+from pyhyve.cpu.bt.translate cimport LEAVE_EXIT, LEAVE_FAULT
+
+from pyhyve.base.errors import HostError
+from pyhyve.cpu.processor import Segment as SegmentValue
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <errno.h>
+    #include <signal.h>
+    #include <string.h>
+    #include <sys/auxv.h>
+    #include <sys/mman.h>
+    #include <ucontext.h>
+    #include <unistd.h>
+
+    /* Run `fn(v)` with GS at v and the guest's x87, SSE and AVX state in the registers. */
+    __attribute__((target("general-regs-only"), noinline))
+    static int bt_guest(void *v, void *area, int (*fn)(void *)) {
+        unsigned mxcsr;
+        unsigned short fcw;
+        int r;
+        __asm__ __volatile__("stmxcsr %0" : "=m"(mxcsr));
+        __asm__ __volatile__("fnstcw %0" : "=m"(fcw));
+        __asm__ __volatile__("wrgsbase %0" : : "r"(v));
+        __asm__ __volatile__("xrstor64 (%0)" : : "r"(area), "a"(7), "d"(0) : "memory");
+        r = fn(v);
+        __asm__ __volatile__("xsave64 (%0)" : : "r"(area), "a"(7), "d"(0) : "memory");
+        __asm__ __volatile__("vzeroupper; fninit; fldcw %0" : : "m"(fcw));
+        __asm__ __volatile__("ldmxcsr %0" : : "m"(mxcsr));
+        __asm__ __volatile__("cld");
+        return r;
+    }
+
+    struct bt_range { unsigned long long lo, hi; void *cache; };
+    #define BT_RANGES 256
+    static volatile struct bt_range bt_ranges[BT_RANGES];
+    static struct sigaction bt_old[65];
+    #include <stdint.h>
+    static void (*bt_fixup)(void *cache, int trap, uint64_t *rip, uint64_t *r10, uint64_t *r11);
+
+    static void bt_signal(int sig, siginfo_t *info, void *context) {
+        ucontext_t *uc = (ucontext_t *)context;
+        unsigned long long rip = (unsigned long long)uc->uc_mcontext.gregs[REG_RIP];
+        int i, trap = (int)uc->uc_mcontext.gregs[REG_TRAPNO];
+        if (info->si_code > 0) {
+            for (i = 0; i < BT_RANGES; i++) {
+                if (bt_ranges[i].cache && rip >= bt_ranges[i].lo && rip < bt_ranges[i].hi) {
+                    bt_fixup(bt_ranges[i].cache, trap,
+                             (uint64_t *)&uc->uc_mcontext.gregs[REG_RIP],
+                             (uint64_t *)&uc->uc_mcontext.gregs[REG_R10],
+                             (uint64_t *)&uc->uc_mcontext.gregs[REG_R11]);
+                    return;
+                }
+            }
+        }
+        /* not ours: what was there before, or the default action by returning to the instruction */
+        if (bt_old[sig].sa_flags & SA_SIGINFO) {
+            bt_old[sig].sa_sigaction(sig, info, context);
+        } else if (bt_old[sig].sa_handler == SIG_DFL || bt_old[sig].sa_handler == SIG_IGN) {
+            signal(sig, SIG_DFL);
+            if (info->si_code <= 0)
+                raise(sig);
+        } else {
+            bt_old[sig].sa_handler(sig);
+        }
+    }
+
+    static int bt_signals(void) {
+        static const int sigs[] = {SIGFPE, SIGILL, SIGSEGV, SIGBUS, SIGTRAP};
+        struct sigaction sa, now;
+        unsigned i;
+        for (i = 0; i < sizeof sigs / sizeof *sigs; i++) {
+            if (sigaction(sigs[i], NULL, &now))
+                return -1;
+            if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == bt_signal)
+                continue;
+            memset(&sa, 0, sizeof sa);
+            sa.sa_sigaction = bt_signal;
+            sa.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+            sigemptyset(&sa.sa_mask);
+            bt_old[sigs[i]] = now;
+            if (sigaction(sigs[i], &sa, NULL))
+                return -1;
+        }
+        return 0;
+    }
+
+    static int bt_register(void *cache, unsigned long long lo, unsigned long long hi) {
+        int i;
+        for (i = 0; i < BT_RANGES; i++) {
+            if (!bt_ranges[i].cache) {
+                bt_ranges[i].lo = lo;
+                bt_ranges[i].hi = hi;
+                bt_ranges[i].cache = cache;
+                return 0;
+            }
+        }
+        return -1;
+    }
+
+    static void bt_unregister(void *cache) {
+        int i;
+        for (i = 0; i < BT_RANGES; i++)
+            if (bt_ranges[i].cache == cache)
+                bt_ranges[i].cache = 0;
+    }
+
+    static int bt_map(unsigned long long size, void **rw, void **rx) {
+        int fd = memfd_create("pyhyve-code", MFD_CLOEXEC);
+        if (fd < 0)
+            return errno;
+        if (ftruncate(fd, (off_t)size)) {
+            int e = errno;
+            close(fd);
+            return e;
+        }
+        *rw = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        *rx = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+        close(fd);
+        if (*rw == MAP_FAILED || *rx == MAP_FAILED)
+            return errno;
+        return 0;
+    }
+
+    static void bt_unmap(void *rw, void *rx, unsigned long long size) {
+        munmap(rw, size);
+        munmap(rx, size);
+    }
+
+    static void *bt_pages(unsigned long long size) {
+        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        return p == MAP_FAILED ? 0 : p;
+    }
+
+    static void bt_free_pages(void *p, unsigned long long size) { munmap(p, size); }
+
+    static int bt_host_ok(void) {
+        /* bit 0: FSGSBASE in user mode; bit 1: BMI1 and BMI2; bit 2: AVX and XSAVE */
+        int ok = 0;
+        if (getauxval(AT_HWCAP2) & 2)
+            ok |= 1;
+        if (__builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2"))
+            ok |= 2;
+        if (__builtin_cpu_supports("avx"))
+            ok |= 4;
+        return ok;
+    }
+    static void bt_kick(unsigned char *kick, unsigned char *poll) {
+        __atomic_store_n(kick, 1, __ATOMIC_SEQ_CST);
+        __atomic_store_n(poll + 7, 0x40, __ATOMIC_SEQ_CST);
+    }
+    """
+    int bt_guest(void* v, void* area, int (*fn)(void*) noexcept nogil) noexcept nogil
+    void (*bt_fixup)(void*, int, uint64_t*, uint64_t*, uint64_t*) noexcept nogil
+    int bt_signals() noexcept nogil
+    int bt_register(void* cache, uint64_t lo, uint64_t hi) noexcept nogil
+    void bt_unregister(void* cache) noexcept nogil
+    int bt_map(uint64_t size, void** rw, void** rx) noexcept nogil
+    void bt_unmap(void* rw, void* rx, uint64_t size) noexcept nogil
+    void* bt_pages(uint64_t size) noexcept nogil
+    void bt_free_pages(void* p, uint64_t size) noexcept nogil
+    int bt_host_ok() noexcept nogil
+    void bt_kick(uint8_t* kick, uint8_t* poll) noexcept nogil
+
+
+cdef void _fixup(void* cache, int trap, uint64_t* rip, uint64_t* r10, uint64_t* r11) noexcept nogil:
+    """In a signal handler: turn the host's exception in generated code into the guest's."""
+    cdef Cache* c = <Cache*>cache
+    cdef Vcpu* v = c.vcpu
+    cdef int found
+    cdef uint64_t guest = loop_guest_rip(c, rip[0], &found)
+    v.n.signals += 1
+    if not found:
+        guest = v.rip
+    r10[0] = guest
+    rip[0] = <uint64_t>c.leave
+    if found and (trap == 0 or trap == 6 or trap == 13 or trap == 16 or trap == 17 or trap == 19):
+        v.fault_vector = trap
+        v.fault_has_error = 1 if trap == 13 or trap == 17 else 0
+        v.fault_error = 0
+        v.fault_addr = 0
+        r11[0] = LEAVE_FAULT
+        return
+    v.exit.reason = X_ENGINE_ERROR
+    v.exit.qualification = 0x100 + trap
+    r11[0] = LEAVE_EXIT
+
+
+bt_fixup = _fixup
+
+_GPR = {name: index for index, name in enumerate((
+    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"))}
+_SEG = {name: index for index, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"))}
+
+cdef enum:
+    POOL = 262144           # blocks
+    PAGES = 65536           # guest pages that hold code
+    HASH = 65536
+    PAGE_HASH = 8192
+
+
+def host_lacks():
+    """One line that says what this host lacks for the software processor, or None."""
+    cdef int ok = bt_host_ok()
+    if not ok & 1:
+        return "the host kernel does not let user space write the GS base (FSGSBASE): Linux 5.9 or newer is needed"
+    if not ok & 2:
+        return "the host's processor lacks BMI1 or BMI2 (Intel Haswell, AMD Excavator or newer is needed)"
+    if not ok & 4:
+        return "the host's processor lacks AVX, or its kernel does not enable it"
+    return None
+
+
+cdef class ExitView:
+    """The last exit; see pyhyve.cpu.processor.Exit."""
+    cdef Exit* x
+    cdef object owner
+
+    @property
+    def reason(self):
+        return self.x.reason
+
+    @property
+    def length(self):
+        return self.x.length
+
+    @property
+    def qualification(self):
+        return self.x.qualification
+
+    @property
+    def gpa(self):
+        return self.x.gpa
+
+    @property
+    def gla(self):
+        return self.x.gla
+
+    @property
+    def io_port(self):
+        return self.x.io_port
+
+    @property
+    def io_size(self):
+        return self.x.io_size
+
+    @property
+    def io_in(self):
+        return self.x.io_in != 0
+
+    @property
+    def io_string(self):
+        return self.x.io_string != 0
+
+    @property
+    def io_value(self):
+        return self.x.io_value
+
+    @property
+    def msr(self):
+        return self.x.msr
+
+    @property
+    def msr_value(self):
+        return self.x.msr_value
+
+    # MMIO exits are for engines whose hardware has decoded the access: this one never makes them
+    @property
+    def mmio_gpa(self):
+        return 0
+
+    @property
+    def mmio_size(self):
+        return 0
+
+    @property
+    def mmio_write(self):
+        return False
+
+    @property
+    def mmio_value(self):
+        return 0
+
+
+cdef class BtVcpu:
+    """One software vCPU. It must be closed, by its VM, when nothing runs it any more."""
+    cdef Vcpu* v
+    cdef Cache* c
+    cdef void* area
+    cdef uint64_t code_size
+    cdef bint running
+    cdef readonly ExitView exit
+    cdef readonly int vcpu_id
+
+    def __cinit__(self, int vcpu_id, uint64_t code_size=64 << 20):
+        cdef void* rw = NULL
+        cdef void* rx = NULL
+        cdef int err
+        if host_lacks() is not None:
+            raise HostError(host_lacks())
+        self.vcpu_id = vcpu_id
+        self.code_size = code_size
+        self.v = <Vcpu*>bt_pages(sizeof(Vcpu))
+        self.c = <Cache*>calloc(1, sizeof(Cache))
+        if self.v == NULL or self.c == NULL:
+            raise HostError("out of memory for a vCPU")
+        err = bt_map(code_size, &rw, &rx)
+        if err:
+            raise HostError(f"cannot map {code_size >> 20} MiB of code cache: error {err} "
+                            "(is memfd_create or executable memory forbidden here?)")
+        self.c.vcpu = self.v
+        self.c.rw = <uint8_t*>rw
+        self.c.rx = <uint8_t*>rx
+        self.c.size = code_size
+        self.c.pool_size = POOL
+        self.c.pool = <Block*>bt_pages(POOL * sizeof(Block))
+        self.c.pages_size = PAGES
+        self.c.pages = <CodePage*>bt_pages(PAGES * sizeof(CodePage))
+        self.c.hash_mask = HASH - 1
+        self.c.hash = <Block**>bt_pages(HASH * sizeof(void*))
+        self.c.page_hash_mask = PAGE_HASH - 1
+        self.c.page_hash = <CodePage**>bt_pages(PAGE_HASH * sizeof(void*))
+        if self.c.pool == NULL or self.c.pages == NULL or self.c.hash == NULL or self.c.page_hash == NULL:
+            raise HostError("out of memory for a code cache")
+        self.v.cache = self.c
+        self.v.vcpu_id = vcpu_id
+        self.v.maxphyaddr = 46
+        self.v.tlb_mask = (TLB_ENTRIES - 1) << 12
+        self.v.ibt_mask = 0x1FFE | (<uint64_t>1 << 47)
+        self.v.page_mask = ~<uint64_t>0xFFF
+        self.v.bit_mask[0] = 63
+        self.v.bit_mask[1] = 31
+        self.v.bit_mask[2] = 15
+        self.area = <void*>((<uintptr_t>&self.v.xsave_area[0] + 63) & ~<uintptr_t>63)
+        mmu_init(self.v)
+        loop_init(self.c)
+        if bt_signals() or bt_register(self.c, <uint64_t>rx, <uint64_t>rx + code_size):
+            raise HostError("cannot catch the processor's exceptions (more than 256 vCPUs in one process?)")
+        self.exit = ExitView.__new__(ExitView)
+        self.exit.x = &self.v.exit
+        self.exit.owner = self
+        self.reset()
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            bt_unregister(self.c)
+            if self.c.rw != NULL:
+                bt_unmap(self.c.rw, self.c.rx, self.code_size)
+            if self.c.pool != NULL:
+                bt_free_pages(self.c.pool, POOL * sizeof(Block))
+            if self.c.pages != NULL:
+                bt_free_pages(self.c.pages, PAGES * sizeof(CodePage))
+            if self.c.hash != NULL:
+                bt_free_pages(self.c.hash, HASH * sizeof(void*))
+            if self.c.page_hash != NULL:
+                bt_free_pages(self.c.page_hash, PAGE_HASH * sizeof(void*))
+            free(self.c)
+        if self.v != NULL:
+            if self.v.cpuid != NULL:
+                free(self.v.cpuid)
+            bt_free_pages(self.v, sizeof(Vcpu))
+
+    def reset(self):
+        """The architecture's state after RESET (Intel SDM vol 3, "Processor State After Reset")."""
+        cdef Vcpu* v = self.v
+        cdef int i
+        for i in range(16):
+            v.gpr[i] = 0
+        v.gpr[RDX] = 0x000A20F1
+        v.rip = 0xFFF0
+        set_rflags(v, 2)
+        v.cpl = 0
+        for i in range(8):
+            v.seg[i].base = 0
+            v.seg[i].limit = 0xFFFF
+            v.seg[i].attr = 0x93
+            v.seg[i].selector = 0
+        v.seg[SEG_CS].selector = 0xF000
+        v.seg[SEG_CS].base = 0xFFFF0000
+        v.seg[SEG_CS].attr = 0x9B
+        v.seg[SEG_LDTR].attr = 0x82
+        v.seg[SEG_TR].attr = 0x8B
+        v.gdtr.base = v.idtr.base = 0
+        v.gdtr.limit = v.idtr.limit = 0xFFFF
+        v.cr0 = 0x60000010
+        v.cr2 = v.cr3 = v.cr4 = v.cr8 = v.efer = 0
+        v.xcr0 = 1
+        for i in range(8):
+            v.dr[i] = 0
+        v.dr[6] = 0xFFFF0FF0
+        v.dr[7] = 0x400
+        v.star = v.lstar = v.cstar = v.sfmask = v.kernel_gs_base = 0
+        v.sysenter_cs = v.sysenter_esp = v.sysenter_eip = v.tsc_aux = 0
+        v.pat = 0x0007040600070406
+        v.shadow = v.nmi_blocked = 0
+        v.inject_valid = 0
+        v.window = v.nmi_window = 0
+        memset(self.area, 0, 4096)
+        (<uint16_t*>self.area)[0] = 0x37F
+        (<uint32_t*>self.area)[6] = 0x1F80
+        update_bank(v)
+        mmu_flush_all(v)
+
+    def run(self):
+        cdef int r
+        cdef Vcpu* v = self.v
+        self.running = True
+        with nogil:
+            r = bt_guest(v, self.area, <int (*)(void*) noexcept nogil>loop_run)
+        self.running = False
+        return r
+
+    def kick(self):
+        bt_kick(&self.v.kick, <uint8_t*>&self.v.poll)
+
+    def inject(self, uint32_t vector, uint32_t kind, error=None):
+        self.v.inject_vector = vector
+        self.v.inject_type = kind
+        self.v.inject_has_error = 0 if error is None else 1
+        self.v.inject_error = 0 if error is None else error
+        self.v.inject_valid = 1
+
+    def injection_pending(self):
+        return self.v.inject_valid != 0
+
+    def interruptible(self):
+        return self.v.iflag != 0 and self.v.shadow == 0 and self.v.inject_valid == 0
+
+    def nmi_allowed(self):
+        return self.v.nmi_blocked == 0 and self.v.shadow == 0 and self.v.inject_valid == 0
+
+    def request_interrupt_window(self, bint wanted):
+        self.v.window = wanted
+
+    def request_nmi_window(self, bint wanted):
+        self.v.nmi_window = wanted
+
+    def get(self, str name):
+        cdef Vcpu* v = self.v
+        index = _GPR.get(name)
+        if index is not None:
+            return v.gpr[<int>index]
+        if name == "rip": return v.rip
+        if name == "rflags": return get_rflags(v)
+        if name == "cr0": return v.cr0
+        if name == "cr2": return v.cr2
+        if name == "cr3": return v.cr3
+        if name == "cr4": return v.cr4
+        if name == "cr8": return v.cr8
+        if name == "efer": return v.efer
+        if name == "xcr0": return v.xcr0
+        if name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"): return v.dr[int(name[2])]
+        if name == "star": return v.star
+        if name == "lstar": return v.lstar
+        if name == "cstar": return v.cstar
+        if name == "sfmask": return v.sfmask
+        if name == "kernel_gs_base": return v.kernel_gs_base
+        if name == "sysenter_cs": return v.sysenter_cs
+        if name == "sysenter_esp": return v.sysenter_esp
+        if name == "sysenter_eip": return v.sysenter_eip
+        if name == "tsc_aux": return v.tsc_aux
+        if name == "pat": return v.pat
+        if name == "tsc_offset": return v.tsc_offset
+        raise KeyError(name)
+
+    def set(self, str name, uint64_t value):
+        cdef Vcpu* v = self.v
+        index = _GPR.get(name)
+        if index is not None:
+            v.gpr[<int>index] = value
+        elif name == "rip": v.rip = value
+        elif name == "rflags":
+            set_rflags(v, value)
+            update_bank(v)
+        elif name == "cr0":
+            v.cr0 = value
+            mmu_flush_all(v)
+        elif name == "cr2": v.cr2 = value
+        elif name == "cr3":
+            v.cr3 = value
+            mmu_flush_all(v)
+        elif name == "cr4":
+            v.cr4 = value
+            mmu_flush_all(v)
+        elif name == "cr8": v.cr8 = value
+        elif name == "efer":
+            v.efer = value
+            mmu_flush_all(v)
+        elif name == "xcr0": v.xcr0 = value
+        elif name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"): v.dr[int(name[2])] = value
+        elif name == "star": v.star = value
+        elif name == "lstar": v.lstar = value
+        elif name == "cstar": v.cstar = value
+        elif name == "sfmask": v.sfmask = value
+        elif name == "kernel_gs_base": v.kernel_gs_base = value
+        elif name == "sysenter_cs": v.sysenter_cs = value
+        elif name == "sysenter_esp": v.sysenter_esp = value
+        elif name == "sysenter_eip": v.sysenter_eip = value
+        elif name == "tsc_aux": v.tsc_aux = value
+        elif name == "pat": v.pat = value
+        elif name == "tsc_offset": v.tsc_offset = value
+        else:
+            raise KeyError(name)
+
+    def get_gpr(self, int index):
+        return self.v.gpr[index & 15]
+
+    def set_gpr(self, int index, uint64_t value):
+        self.v.gpr[index & 15] = value
+
+    def get_segment(self, str name):
+        cdef Segment* s = &self.v.seg[<int>_SEG[name]]
+        return SegmentValue(s.selector, s.base, s.limit, s.attr)
+
+    def set_segment(self, str name, segment):
+        cdef int index = _SEG[name]
+        cdef Segment* s = &self.v.seg[index]
+        s.selector = segment.selector
+        s.base = segment.base
+        s.limit = segment.limit
+        s.attr = segment.attr
+        if index == SEG_SS:
+            self.v.cpl = (s.attr >> 5) & 3
+            update_bank(self.v)
+
+    def get_table(self, str name):
+        cdef TableReg* t = &self.v.gdtr if name == "gdtr" else &self.v.idtr
+        return (t.base, t.limit)
+
+    def set_table(self, str name, uint64_t base, uint32_t limit):
+        cdef TableReg* t = &self.v.gdtr if name == "gdtr" else &self.v.idtr
+        t.base = base
+        t.limit = limit
+
+    def get_xsave(self):
+        return (<char*>self.area)[:832]
+
+    def set_xsave(self, bytes area):
+        cdef uint64_t* header
+        if len(area) < 832:
+            raise ValueError("the XSAVE area must have at least 832 bytes")
+        memcpy(self.area, <char*>area, 832)
+        header = <uint64_t*>(<char*>self.area + 512)
+        header[0] &= 7
+        header[1] = 0
+        memset(<char*>self.area + 528, 0, 48)
+        (<uint32_t*>self.area)[6] &= 0xFFFF
+
+    def complete_io(self, uint64_t value):
+        cdef Vcpu* v = self.v
+        if v.exit.io_size == 1:
+            v.gpr[RAX] = (v.gpr[RAX] & ~<uint64_t>0xFF) | (value & 0xFF)
+        elif v.exit.io_size == 2:
+            v.gpr[RAX] = (v.gpr[RAX] & ~<uint64_t>0xFFFF) | (value & 0xFFFF)
+        else:
+            v.gpr[RAX] = value & <uint64_t>0xFFFFFFFF
+
+    def complete_mmio(self, uint64_t value):
+        raise NotImplementedError("this engine makes no MMIO exits")
+
+    def complete_rdmsr(self, uint64_t value):
+        self.v.gpr[RAX] = value & <uint64_t>0xFFFFFFFF
+        self.v.gpr[RDX] = value >> 32
+        self.skip(self.v.exit.length)
+
+    def complete_wrmsr(self):
+        self.skip(self.v.exit.length)
+
+    def skip(self, uint32_t length):
+        self.v.rip += length
+        if not (self.v.efer & 0x400 and self.v.seg[SEG_CS].attr & 0x2000):
+            self.v.rip &= <uint64_t>0xFFFFFFFF
+        self.v.shadow = 0
+
+    def set_cpuid(self, entries):
+        cdef CpuidEntry* table = <CpuidEntry*>calloc(len(entries) + 1, sizeof(CpuidEntry))
+        cdef int n = 0
+        if table == NULL:
+            raise MemoryError
+        for entry in entries:
+            table[n].leaf = entry.leaf
+            table[n].subleaf = 0xFFFFFFFF if entry.subleaf is None else entry.subleaf
+            table[n].eax = entry.eax
+            table[n].ebx = entry.ebx
+            table[n].ecx = entry.ecx
+            table[n].edx = entry.edx
+            n += 1
+        if self.v.cpuid != NULL:
+            free(self.v.cpuid)
+        self.v.cpuid = table
+        self.v.n_cpuid = n
+
+    def set_ept(self, uint64_t eptp, uint64_t generation):
+        if eptp != self.v.eptp or generation != self.v.eptgen:
+            self.v.eptp = eptp
+            self.v.eptgen = generation
+            mmu_flush_ept(self.v)
+
+    def invalidate_code(self, uint64_t hva, uint64_t length):
+        cdef uint64_t n
+        while length:
+            n = length if length < <uint64_t>0x40000000 else <uint64_t>0x40000000
+            code_written(self.v, hva, <uint32_t>n)
+            hva += n
+            length -= n
+
+    def translate(self, uint64_t gla, int access=0):
+        cdef uint64_t gpa = 0
+        cdef uint32_t vector = self.v.fault_vector
+        if mmu_translate(self.v, gla, access, BANK_KERNEL_AC, NULL, NULL, &gpa) == R_OK:
+            return gpa
+        self.v.fault_vector = vector
+        return None
+
+    def counters(self):
+        cdef Counters* n = &self.v.n
+        return {
+            "blocks_translated": n.blocks_translated,
+            "insns_translated": n.insns_translated,
+            "blocks_dropped": n.blocks_dropped,
+            "cache_flushes": n.cache_flushes,
+            "dispatches": n.dispatches,
+            "tlb_misses_read": n.tlb_misses_r,
+            "tlb_misses_write": n.tlb_misses_w,
+            "tlb_misses_fetch": n.tlb_misses_x,
+            "tlb_flushes": n.tlb_flushes,
+            "page_walks": n.page_walks,
+            "guest_faults": n.guest_faults,
+            "guest_page_faults": n.guest_page_faults,
+            "interrupts": n.interrupts,
+            "microcode": n.microcode,
+            "slow_insns": n.slow_insns,
+            "smc_writes": n.smc_writes,
+            "signals": n.signals,
+            "cr3_writes": n.cr3_writes,
+            "syscalls": n.syscalls,
+            "rep_ops": n.rep_ops,
+            "code_bytes": <uint64_t>(self.c.at - self.c.start),
+        }
+
+    def message(self):
+        cdef uint64_t q = self.v.exit.qualification
+        if 0x100 <= q < 0x200:
+            return f"the host raised exception {q - 0x100} in generated code near guest RIP {self.v.rip:#x}"
+        if q == 1:
+            return f"cannot translate the code at guest RIP {self.v.rip:#x}"
+        return f"an instruction that this processor does not run yet, at guest RIP {self.v.rip:#x} (code {q:#x})"
