@@ -1,0 +1,365 @@
+"""A virtual machine's life: created, running, paused, stopped; its vCPUs, their threads, and why it ended.
+
+The VM has one device lock. It is held around every exit's handler and every callback of the event thread, so that chips
+and devices need none of their own; nobody waits for anything while holding it.
+"""
+
+import enum
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from pyhyve.cpu import exits
+from pyhyve.cpu.processor import Capabilities, CpuidEntry, Processor
+from pyhyve.vmm import hostcpu
+from pyhyve.vmm.bus import MmioBus, PortBus
+from pyhyve.vmm.cpuid import CpuidPolicy
+from pyhyve.vmm.events import EventLoop
+from pyhyve.vmm.io.apicbus import ApicBus
+from pyhyve.vmm.io.vlapic import APIC_BUS_HZ, Vlapic
+from pyhyve.vmm.memory.vmspace import Vmspace
+from pyhyve.vmm.msr import MsrTable
+from pyhyve.vmm.runloop import Emulator, RunLoop, dump_registers
+from pyhyve.vmm.tsc import GuestTsc, PvClock
+from pyhyve.vmm.vcpu import HALTED, RUNNING, WAIT_SIPI, Vcpu
+
+_JOIN_S: Final = 5.0
+_RFLAGS_IF: Final = 1 << 9
+
+
+class State(enum.Enum):
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+
+
+class Suspend(enum.Enum):
+    """Why a VM stopped, as the monitor sees it (bhyve's vm_suspend_how, and what it has no name for)."""
+
+    POWEROFF = "powered-off"
+    RESET = "reset"
+    HALT = "halt"
+    """Every vCPU is halted with interrupts off."""
+    TRIPLE_FAULT = "triple-fault"
+    HANG = "hang"
+    """The guest spins without an exit."""
+    ERROR = "error"
+    """A bug, or a limit of the processor."""
+    REQUEST = "request"
+    """Somebody outside asked for the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspended:
+    """Why and by which vCPU (-1: none); `detail` is one line or, for an error, a report of several."""
+
+    how: Suspend
+    vcpu: int = -1
+    detail: str = ""
+
+
+class InterruptController(Protocol):
+    """The 8259 pair, as the bootstrap processor sees it."""
+
+    def pending(self) -> bool: ...
+
+    def acknowledge(self) -> int: ...
+
+
+class Vm:
+    """One virtual machine: processors, memory, buses, local APICs, event thread. Devices are attached by the caller."""
+
+    def __init__(self, name: str, processor: Processor, cpus: int, *, timing: bool = False) -> None:
+        self.name = name
+        self.timing = timing
+        """Measure the time spent in the guest and in handlers."""
+        self.lock: Final = threading.RLock()
+        self.state = State.CREATED
+        self.suspended: Suspended | None = None
+        self.on_suspend: Callable[[Suspended], None] | None = None
+        """Called once, on the thread that stops the VM, with nothing to wait for."""
+        self.hang_ns = 20_000_000_000
+        """A guest that spins this long without an exit has hung; 0: never."""
+        self.vcpus: list[Vcpu] = []
+        self._loops: list[RunLoop] = []
+        hostcpu.start_measuring()
+        self.capabilities: Capabilities = processor.capabilities()
+        self.events = EventLoop(f"{name}/events", self._event_error, self.lock)
+        self.clock = self.events.clock
+        self.timers = self.events.timers
+        self.memory = Vmspace(self.capabilities, self.kick)
+        self.ports = PortBus()
+        self.mmio = MmioBus()
+        self.apic_bus = ApicBus()
+        self.processor = processor.create_vm()
+        self._threads: list[threading.Thread] = []
+        self._pic: InterruptController | None = None
+        self._stopped = threading.Event()
+        self._parking = threading.Condition()
+        self._parked: set[int] = set()
+        self._pauses = 0
+        self._started_ns = 0
+        self._closed = False
+        self._watchdog_exits: list[int] = []
+        self._watchdog_since = 0
+        try:
+            self._make_vcpus(cpus)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_vcpus(self, cpus: int) -> None:
+        rdtsc = hostcpu.rdtsc_function()
+        khz = hostcpu.tsc_khz()
+        policy = CpuidPolicy(hostcpu.cpuid, self.capabilities, cpus, khz, APIC_BUS_HZ // 1000)
+        self.tsc_khz = khz
+        self._tsc_start = rdtsc()
+        for index in range(cpus):
+            backend = self.processor.create_vcpu(index)
+            vcpu = Vcpu(index, backend, self.memory.pmap, self._extint_pending if index == 0 else None)
+            tsc = GuestTsc(backend, rdtsc, khz)
+            tsc.set_offset(-self._tsc_start)
+            vlapic = Vlapic(
+                index,
+                self.apic_bus,
+                self.clock,
+                self.timers,
+                vcpu.notify,
+                tsc.now,
+                tsc.hz,
+                vcpu.post_init,
+                vcpu.post_sipi,
+                vcpu.post_nmi,
+            )
+            self.apic_bus.attach(vlapic)
+            vcpu.tsc = tsc
+            vcpu.vlapic = vlapic
+            vcpu.msrs = MsrTable(
+                backend,
+                vlapic,
+                tsc,
+                PvClock(tsc, self.clock, self.memory),
+                intel=policy.intel,
+                hardware=policy.hardware,
+                phys_bits=policy.physical_bits,
+            )
+            entries: Sequence[CpuidEntry] = policy.entries(index)
+            backend.set_cpuid(entries)
+            loop = RunLoop(self, vcpu, self.ports, self.mmio, self.memory, self.lock, _emulator, entries)
+            self.vcpus.append(vcpu)
+            self._loops.append(loop)
+
+    # -- wiring --------------------------------------------------------------------------------------------------------
+
+    def map_ram(self, gpa: int, size: int) -> None:
+        """Put zeroed RAM at `gpa`. UsageError if the host has less."""
+        self.memory.map_ram(gpa, size)
+
+    def attach_pic(self, pic: InterruptController) -> None:
+        """Make the 8259 pair the source of external interrupts of the bootstrap processor."""
+        self._pic = pic
+        self.apic_bus.extint = pic.acknowledge
+
+    def _extint_pending(self) -> bool:
+        pic = self._pic
+        return pic is not None and pic.pending()
+
+    def kick(self) -> None:
+        """Make every vCPU look at what is new: for instance the nested page tables."""
+        for vcpu in self.vcpus:
+            vcpu.notify()
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the event thread and the vCPUs. Only once."""
+        if self.state is not State.CREATED:
+            raise RuntimeError(f"a VM starts once; this one is {self.state.value}")
+        for gpa, hva, length, writable in self.memory.ram_ranges():
+            self.processor.map_memory(gpa, hva, length, writable)
+        self._started_ns = time.monotonic_ns()
+        self.state = State.RUNNING
+        self.events.start()
+        for vcpu, loop in zip(self.vcpus, self._loops, strict=True):
+            thread = threading.Thread(
+                target=self._vcpu_thread, args=(vcpu, loop), name=f"{self.name}/vcpu{vcpu.index}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+        if self.hang_ns:
+            self._watch()
+
+    def _vcpu_thread(self, vcpu: Vcpu, loop: RunLoop) -> None:
+        try:
+            vcpu.begin_thread(f"vcpu{vcpu.index} {self.name}")
+        except Exception as error:
+            self.crash(vcpu, error)
+            return
+        loop.run()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the VM has stopped; return whether it has."""
+        return self._stopped.wait(timeout)
+
+    def stop(self, detail: str = "") -> None:
+        """Stop the VM from outside. Idempotent."""
+        self.suspend(Suspend.REQUEST, detail=detail)
+
+    def suspend(self, how: Suspend, vcpu: int = -1, detail: str = "") -> None:
+        """Stop the VM: the first reason counts. From any thread; does not wait for the vCPUs."""
+        with self.lock:
+            if self.suspended is not None:
+                return
+            self.suspended = suspended = Suspended(how, vcpu, detail)
+            self.state = State.STOPPED
+        for each in self.vcpus:
+            each.stop_requested = True
+            each.notify()
+        with self._parking:
+            self._parking.notify_all()
+        if self.on_suspend is not None:
+            self.on_suspend(suspended)
+        self._stopped.set()
+
+    def pause(self) -> None:
+        """Stop the guest's processors and its time; return when every vCPU is out of the guest.
+
+        Counts: each needs its `resume()`. Not for a vCPU's own thread. Harmless on a VM that does not run.
+        """
+        with self._parking:
+            self._pauses += 1
+            if self.state is not State.RUNNING:
+                return
+            self.state = State.PAUSED
+            for vcpu in self.vcpus:
+                vcpu.park_requested = True
+                vcpu.notify()
+            self.events.pause()
+            while len(self._parked) < len(self.vcpus) and self.state is State.PAUSED:
+                self._parking.wait()
+
+    def resume(self) -> None:
+        with self._parking:
+            if not self._pauses:
+                raise RuntimeError("resume() without pause()")
+            self._pauses -= 1
+            if self._pauses or self.state is not State.PAUSED:
+                return
+            paused_at = self.clock.now()
+            self.events.resume()
+            for vcpu in self.vcpus:
+                # The guest's counter goes on from where its clock does.
+                vcpu.tsc.rebase(self._tsc_at(paused_at))
+                vcpu.park_requested = False
+            self.state = State.RUNNING
+            self._watchdog_since = 0
+            self._parking.notify_all()
+
+    def _tsc_at(self, clock_ns: int) -> int:
+        """What a guest's counter, had nobody written it, shows at a time of the VM's clock."""
+        return clock_ns * self.tsc_khz // 1_000_000
+
+    def park(self, vcpu: Vcpu) -> None:
+        """On a vCPU's thread: wait while the VM is paused."""
+        with self._parking:
+            self._parked.add(vcpu.index)
+            self._parking.notify_all()
+            while vcpu.park_requested and not vcpu.stop_requested:
+                self._parking.wait()
+            self._parked.discard(vcpu.index)
+            vcpu.attention = True
+
+    def join(self) -> bool:
+        """Wait for the vCPUs' threads after the VM has stopped; False if one does not end."""
+        deadline = time.monotonic() + _JOIN_S
+        current = threading.current_thread()
+        for thread, vcpu in zip(self._threads, self.vcpus, strict=True):
+            while thread is not current and thread.is_alive() and time.monotonic() < deadline:
+                thread.join(0.2)
+                if thread.is_alive():
+                    vcpu.notify()
+        return not any(thread.is_alive() and thread is not current for thread in self._threads)
+
+    def close(self) -> None:
+        """Stop the VM and release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.suspend(Suspend.REQUEST)
+        ended = self.join()
+        self.events.stop()
+        if ended:
+            self.processor.close()
+            self.memory.close()
+
+    # -- what the run loop reports -------------------------------------------------------------------------------------
+
+    def triple_fault(self, vcpu: Vcpu) -> None:
+        rip = vcpu.backend.get("rip")
+        self.suspend(Suspend.TRIPLE_FAULT, vcpu.index, f"triple fault at rip {rip:#x}")
+
+    def engine_error(self, vcpu: Vcpu, message: str) -> None:
+        self.suspend(Suspend.ERROR, vcpu.index, f"{message}\n{dump_registers(vcpu)}")
+
+    def crash(self, vcpu: Vcpu, error: BaseException) -> None:
+        report = "".join(traceback.format_exception(error)).rstrip()
+        self.suspend(Suspend.ERROR, vcpu.index, f"{_one_line(error)}\n{report}\n{dump_registers(vcpu)}")
+
+    def halted_for_good(self, vcpu: Vcpu) -> None:
+        """A vCPU is halted with interrupts off; if the others are too (or were never started), nothing can happen."""
+        if all(each.dead or each.state == WAIT_SIPI for each in self.vcpus):
+            rip = vcpu.backend.get("rip")
+            self.suspend(Suspend.HALT, vcpu.index, f"halted with interrupts off at rip {rip:#x}")
+
+    def _event_error(self, error: BaseException) -> None:
+        report = "".join(traceback.format_exception(error)).rstrip()
+        self.suspend(Suspend.ERROR, detail=f"{_one_line(error)}\n{report}")
+
+    # -- the watchdog --------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        self.timers.call_at(self.clock.now() + max(self.hang_ns // 8, 1_000_000), self._check_progress)
+
+    def _check_progress(self) -> None:
+        """Stop a VM whose vCPUs all spin (or are dead) and make no exit but for our kicks."""
+        if self.state is State.STOPPED:
+            return
+        progress = [sum(vcpu.exits) - vcpu.exits[exits.EXTERNAL_INTERRUPT] for vcpu in self.vcpus]
+        now = self.clock.now()
+        spinning = [vcpu for vcpu in self.vcpus if vcpu.state == RUNNING]
+        idle = [vcpu for vcpu in self.vcpus if vcpu.state == HALTED and not vcpu.dead]
+        if progress != self._watchdog_exits or not spinning or idle or not self._watchdog_since:
+            self._watchdog_exits = progress
+            self._watchdog_since = now
+        elif now - self._watchdog_since >= self.hang_ns:
+            seconds = self.hang_ns / 1e9
+            self.suspend(Suspend.HANG, spinning[0].index, f"no exit in {seconds:g} s")
+            return
+        self._watch()
+
+    # -- statistics ----------------------------------------------------------------------------------------------------
+
+    def exit_counts(self) -> dict[str, int]:
+        """Return how often each reason brought the guest out, over all vCPUs; reasons that never came are left out."""
+        counts: dict[str, int] = {}
+        for reason in range(len(self.vcpus[0].exits) if self.vcpus else 0):
+            total = sum(vcpu.exits[reason] for vcpu in self.vcpus)
+            if total:
+                counts[exits.NAMES.get(reason, str(reason))] = total
+        return counts
+
+
+def _emulator(loop: RunLoop) -> Emulator:
+    """Load instruction emulation (and its decoder) when the first guest needs it."""
+    from pyhyve.vmm.instruction import InstructionEmulator
+
+    return InstructionEmulator(loop.vcpu, loop.memory, loop)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
