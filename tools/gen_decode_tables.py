@@ -29,11 +29,14 @@ from iced_x86 import (
     Mnemonic,
     OpAccess,
     OpCodeOperandKind,
-    OpKind,
     RflagsBits,
 )
 
 OUTPUT: Final = Path(__file__).resolve().parent.parent / "src/pyhyve/cpu/bt/decode_tables.h"
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 def _names(enum: object) -> dict[int, str]:
@@ -91,7 +94,7 @@ class Leaf:
 Selectors = tuple[int, ...]  # values in the order of SIZES
 Samples = dict[Selectors, Leaf]
 
-BAD_FEATURES: Final = frozenset(
+BAD_FEATURES: Final = words(
     """
     D3NOW D3NOWEXT CYRIX_D3NOW XOP TBM FMA4 LWP SVM SKINIT SKINIT_OR_SVM SEV_ES SEV_SNP TDX SGX1 VMX SMX SMM RTM HLE
     HLE_OR_RTM TSXLDTRK AMX_BF16 AMX_COMPLEX AMX_FP16 AMX_INT8 AMX_TILE CET_SS PADLOCK_ACE PADLOCK_GMI PADLOCK_PHE
@@ -99,36 +102,34 @@ BAD_FEATURES: Final = frozenset(
     CYRIX_SMINT_0F7E CYRIX_SMM KNC UINTR ENQCMD MOVDIR64B PTWRITE KL WIDE_KL AESKLE HRESET LKGS FRED MSRLIST WRMSRNS
     INVLPGB MCOMMIT RDPRU RMPQUERY CLZERO PCONFIG WAITPKG UDBG INVEPT INVVPID MONITORX TSE OSS IA64 PCOMMIT
     AVX512PF INTEL286_ONLY INTEL386_ONLY INTEL386_A0_ONLY INTEL486_A_ONLY INTEL8086_ONLY MOV_TR UMOV FPU287XL_ONLY
-    """.split()
+    """
 )
-BAD_MNEMONICS: Final = frozenset("UD0 UD1 UD2 XABORT XBEGIN XEND XTEST RSM GETSEC".split())
-KEEP_MNEMONICS: Final = frozenset("VMCALL VMMCALL RDSSPD RDSSPQ".split())
-BRANCHES: Final = frozenset(
+BAD_MNEMONICS: Final = words("UD0 UD1 UD2 XABORT XBEGIN XEND XTEST RSM GETSEC")
+KEEP_MNEMONICS: Final = words("VMCALL VMMCALL RDSSPD RDSSPQ")
+BRANCHES: Final = words(
     """JMP JMPE CALL RET RETF LOOP LOOPE LOOPNE JCXZ JECXZ JRCXZ INT INT1 INT3 INTO IRET IRETD IRETQ SYSCALL SYSRET
     SYSRETQ SYSENTER SYSEXIT SYSEXITQ
-    JO JNO JB JAE JE JNE JBE JA JS JNS JP JNP JL JGE JLE JG""".split()
+    JO JNO JB JAE JE JNE JBE JA JS JNS JP JNP JL JGE JLE JG"""
 )
-MICROCODED_BRANCHES: Final = frozenset(
-    "RETF INT INT1 INT3 INTO IRET IRETD IRETQ SYSCALL SYSRET SYSRETQ SYSENTER SYSEXIT SYSEXITQ".split()
+MICROCODED_BRANCHES: Final = words(
+    "RETF INT INT1 INT3 INTO IRET IRETD IRETQ SYSCALL SYSRET SYSRETQ SYSENTER SYSEXIT SYSEXITQ"
 )
-STACK: Final = frozenset(
-    """PUSH POP PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ PUSHA PUSHAD POPA POPAD ENTER LEAVE""".split()
-)
-STRINGS: Final = frozenset(
+STACK: Final = words("""PUSH POP PUSHF PUSHFD PUSHFQ POPF POPFD POPFQ PUSHA PUSHAD POPA POPAD ENTER LEAVE""")
+STRINGS: Final = words(
     """MOVSB MOVSW MOVSD MOVSQ STOSB STOSW STOSD STOSQ LODSB LODSW LODSD LODSQ SCASB SCASW SCASD SCASQ
-    CMPSB CMPSW CMPSD CMPSQ INSB INSW INSD OUTSB OUTSW OUTSD""".split()
+    CMPSB CMPSW CMPSD CMPSQ INSB INSW INSD OUTSB OUTSW OUTSD"""
 )
-NOPS: Final = frozenset(
+NOPS: Final = words(
     """NOP RESERVED_NOP RESERVEDNOP ENDBR32 ENDBR64 PREFETCH PREFETCHW PREFETCHWT1 PREFETCHNTA PREFETCHT0 PREFETCHT1
-    PREFETCHT2 PREFETCHIT0 PREFETCHIT1 CLDEMOTE RDSSPD RDSSPQ""".split()
+    PREFETCHT2 PREFETCHIT0 PREFETCHIT1 CLDEMOTE RDSSPD RDSSPQ"""
 )
-SYSTEM: Final = frozenset(
+SYSTEM: Final = words(
     """CPUID RDTSC RDTSCP RDPMC XGETBV XSETBV XSAVE XSAVE64 XSAVEC XSAVEC64 XSAVEOPT XSAVEOPT64 XSAVES XSAVES64
     XRSTOR XRSTOR64 XRSTORS XRSTORS64 FXSAVE FXSAVE64 FXRSTOR FXRSTOR64 FNSAVE FRSTOR FNSTENV FLDENV IN OUT CLI STI
     CLD STD LGDT LIDT LLDT LTR LMSW SGDT SIDT SLDT STR SMSW LAR LSL VERR VERW LDS LES LFS LGS LSS PAUSE MONITOR MWAIT
     RDPID RDFSBASE RDGSBASE WRFSBASE WRGSBASE WRMSR RDMSR SWAPGS CLAC STAC INVLPG INVPCID VMCALL VMMCALL HLT WBINVD
     WBNOINVD INVD XLATB MASKMOVQ MASKMOVDQU VMASKMOVDQU RDPKRU WRPKRU CLTS
-    DAA DAS AAA AAS AAM AAD SALC BOUND ARPL""".split()
+    DAA DAS AAA AAS AAM AAD SALC BOUND ARPL"""
 )
 ACCESS: Final = {
     OpAccess.NONE: M_NONE,
@@ -227,7 +228,7 @@ def operand_size(insn: Instruction, name: str, cls: int, kinds: list[str], effec
     if cls == C_STRING:
         return size_of(insn)
     op = insn.op_code()
-    if cls == C_BRANCH or cls == C_STACK:
+    if cls in (C_BRANCH, C_STACK):
         if mode == 64 and effective == 4 and (op.default_op_size64 or op.force_op_size64 or op.intel_force_op_size64):
             return 8
         if mode == 64 and name in ("LOOP", "LOOPE", "LOOPNE", "JCXZ", "JECXZ", "JRCXZ") and effective == 4:
@@ -319,7 +320,7 @@ def leaf_of(insn: Instruction, *, effective: int, mode: int, memory: bool, imm: 
 
 
 def decode_sample(mode: int, code: bytes, options: int = DecoderOptions.NONE) -> Instruction | None:
-    insn = Decoder(mode, code, options).decode()
+    insn = Decoder(mode, code, options).decode()  # type: ignore[arg-type]  # as for Code, below
     return None if insn.is_invalid else insn
 
 
@@ -378,8 +379,6 @@ def legacy_samples(map_: int, opcode: int) -> Samples:
                     if insn is not None and insn.op_code().ignores_mod_bits and not mod:
                         insn = decode_sample(mode, lead + bytes([0xC3 | reg << 3]) + FILLER, options)
                         head = head[:-1]
-                    if nop_space and not mod and pp != 1 and opcode == 0x1C and not reg:
-                        insn = None
                     if nop_space:
                         attr = A_MODRM | (0 if mod else A_NO_ACCESS)
                         leaf = Leaf(C_NOP, 0, effective, attr=attr)
@@ -395,7 +394,6 @@ def legacy_samples(map_: int, opcode: int) -> Samples:
                             modrm=modrm,
                         )
                     if found.setdefault(selectors, leaf) != leaf:
-                        # F3 or F2 beside 66, with no separate entry: 66 is then an operand size and nothing else
                         raise ValueError(f"{map_} {opcode:02x}: {leaf} != {found[selectors]}")
     return found
 
@@ -416,9 +414,7 @@ def vex_samples(map_: int, opcode: int) -> Samples:
                 for length in (0, 1):
                     for mod, reg in vector_forms(group):
                         leaf = vex_leaf(mode, map_, opcode, pp, w, length, mod, reg, modrm)
-                        for each in range(8) if not group else (reg,):
-                            for rm in range(8):
-                                found[(pp, 0, int(mode == 64), mod, each, rm, w, length, 0)] = leaf
+                        found[(pp, 0, int(mode == 64), mod, reg, 0, w, length, 0)] = leaf
     return found
 
 
@@ -510,13 +506,17 @@ class Tables:
         return 0x8000 | self.leaves.setdefault(leaf, len(self.leaves))
 
     def tree(self, samples: Samples) -> int:
-        """Return the reference of the smallest tree found that tells the samples apart."""
+        """Return the reference of a small tree that tells the samples apart."""
+        return self.split({key: self.leaf(leaf) for key, leaf in samples.items()})
+
+    def split(self, samples: dict[Selectors, int]) -> int:
+        """Branch on the selector that leaves the fewest different leaves in its branches, then go on in each."""
         different = set(samples.values())
         if len(different) == 1:
-            return self.leaf(different.pop())
-        best: tuple[int, int, dict[int, Samples]] | None = None
+            return different.pop()
+        best: tuple[int, int, dict[int, dict[Selectors, int]]] | None = None
         for selector in SIZES:
-            parts: dict[int, Samples] = {}
+            parts: dict[int, dict[Selectors, int]] = {}
             for key, leaf in samples.items():
                 parts.setdefault(key[selector], {})[key] = leaf
             if len(parts) == 1:
@@ -526,10 +526,10 @@ class Tables:
             if best is None or cost < best[0]:
                 best = (cost, selector, parts)
         if best is None:
-            raise ValueError(f"cannot tell apart {different}")
+            raise ValueError(f"cannot tell apart {[list(self.leaves)[n & 0x7FFF] for n in different]}")
         _, selector, parts = best
         filler = self.leaf(Leaf(attr=A_MODRM))
-        children = [self.tree(parts[value]) if value in parts else filler for value in range(SIZES[selector])]
+        children = [self.split(parts[value]) if value in parts else filler for value in range(SIZES[selector])]
         if len(set(children)) == 1:
             return children[0]
         node = (selector, *children)
@@ -616,7 +616,7 @@ def print_classes() -> None:
         if name in ("INVALID",) or name.startswith(("DECLARE", "MVEX", "ZERO_BYTES")):
             continue
         insn = Instruction()
-        insn.code = value
+        insn.code = value  # type: ignore[assignment]  # the stubs take the enum's module for its type
         kinds = [KIND[k] for k in insn.op_code().op_kinds()]
         names.setdefault(class_of(insn, kinds), set()).add(MNEMONIC[insn.mnemonic])
     titles = ("invalid", "copy", "nop", "branch", "stack", "string", "system")

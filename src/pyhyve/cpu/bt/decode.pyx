@@ -75,7 +75,7 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
     cdef uint32_t modrm = 0, mod = 0, reg = 0, rm = 0, vvvv = 0, length_bits = 0, evex_b = 0, aaa = 0, zero = 0
     cdef uint32_t r_high = 0, v_high = 0, base = REG_NONE, index = REG_NONE, scale = 1, addrsize, attr
     cdef uint32_t p0, p1, p2, sib
-    cdef uint32_t killed
+    cdef uint32_t killed, read
     cdef int seg = -1
     cdef bint is64 = mode == 64, bad = False, has_modrm, memory = False
     cdef int64_t disp = 0, imm = 0
@@ -181,7 +181,10 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
         prefixes = (prefixes & ~<uint32_t>P_66) | (P_66 if pp == 1 else 0)
         rep = P_F3 if pp == 2 else (P_F2 if pp == 3 else 0)
         if not is64:
+            # of the high register bits, only V' is looked at
             rex &= 0x48
+            if v_high:
+                bad = True
             r_high = v_high = 0
         opcode = p[i]
         has_modrm = enc == ENC_EVEX or map_ != 1 or opcode != 0x77
@@ -342,13 +345,17 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
 
     # what the tables leave open
     killed = leaf.flags_killed
+    read = leaf.flags_read
     if check & (K_SHIFT | K_REPCMP):
         if check & K_SHIFT:
             if imm & (63 if leaf.opsize == 8 else 31) == 0:
-                killed = 0
+                killed = read = 0
         elif rep:
             killed = 0
     if prefixes & P_LOCK and not check & K_LOCK:
+        bad = True
+    # of CR8-CR15 and DR8-DR15, only CR8 exists
+    if check & K_NOMEM and reg > 7 and (reg > 8 or opcode & 1):
         bad = True
     if enc != ENC_LEGACY:
         if not is64:
@@ -403,7 +410,7 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
     out.opsize = leaf.opsize
     out.addrsize = <uint8_t>addrsize
     out.mem_access = leaf.access
-    out.flags_read = leaf.flags_read
+    out.flags_read = <uint8_t>read
     out.flags_killed = <uint8_t>killed
     out.imm_size = leaf.imm
     out.mem_width = leaf.width
