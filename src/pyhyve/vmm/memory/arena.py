@@ -120,6 +120,8 @@ class Arena:
 
     def __init__(self, fd: int, size: int, color: int = 0) -> None:
         check_pages("arena", size, color)
+        if size == 0:
+            raise ValueError("arena: a size of 0")
         self.fd = fd
         self.size = size
         self._space = Reservation(size, SIZE_1G if size >= SIZE_1G else SIZE_2M, color)
@@ -141,13 +143,13 @@ class Arena:
             raise UsageError(f"memory {size >> 20} MiB: the host has {limit >> 20} MiB with swap; ask for that or less")
         fd = os.memfd_create("pyhyve-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            try:
+                os.ftruncate(fd, size)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            except OSError as error:
+                raise HostError(f"memory: the host refuses {size >> 20} MiB: {error.strerror}") from error
             return cls(fd, size, color)
-        except OSError as error:
-            os.close(fd)
-            raise HostError(f"memory: the host refuses {size >> 20} MiB: {error.strerror}") from error
-        except HostError:
+        except BaseException:
             os.close(fd)
             raise
 

@@ -160,7 +160,7 @@ class Pmap:
     @property
     def table_bytes(self) -> int:
         """Host memory that the tables take."""
-        return self._tables.in_use * PAGE_SIZE
+        return self._tables.taken
 
     # Entering.
 

@@ -34,9 +34,9 @@ class TablePages:
         self._retired: deque[tuple[int, int]] = deque()
 
     @property
-    def in_use(self) -> int:
-        """Tables handed out and not free again (retired ones count)."""
-        return self._next // PAGE_SIZE - len(self._free)
+    def taken(self) -> int:
+        """Bytes of host memory that tables, in the tree or not, have taken."""
+        return self._next
 
     def alloc(self) -> int:
         """The host address of a zeroed table. HostError when there is no memory for one."""

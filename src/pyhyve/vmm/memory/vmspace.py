@@ -106,8 +106,9 @@ class Vmspace:
             dropped = {id(entry.object): entry.object for entry in self.map.delete(gpa, gpa + size)}
             for entry in self.map:
                 dropped.pop(id(entry.object), None)
-            for target in dropped.values():
-                target.discard()
+            for target in self._objects:
+                if id(target) in dropped:
+                    target.discard()
 
     def protect(self, gpa: int, size: int, prot: int) -> None:
         """Set the protection of the memory in a range (not 0: that is `unmap`)."""
