@@ -273,7 +273,7 @@ class Vatpic:
         return pic.service if pic.read_service else pic.request
 
     def _poll(self, pic: _Pic) -> int:
-        """"Poll Command": the read is the acknowledge; bit 7 says that there was a request."""
+        """See "Poll Command": the read is the acknowledge; bit 7 says that there was a request."""
         pic.poll = False
         irq = pic.resolve() if pic is self._slave else self._resolve_master()
         if irq < 0:

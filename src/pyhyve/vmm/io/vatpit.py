@@ -15,8 +15,9 @@ from pyhyve.vmm.io.deadline import MIN_PERIOD_NS, Deadline
 PIT_HZ: Final = 1_193_182
 PORTS: Final = (0x40, 0x41, 0x42, 0x43, 0x61)
 _NS: Final = 1_000_000_000
-_REFRESH_NS: Final = 15_085
-"""Half a period of the refresh request that bit 4 of port 0x61 shows: 18 ticks."""
+_MIN_PERIOD: Final = MIN_PERIOD_NS * PIT_HZ // _NS + 1
+_REFRESH: Final = 18
+"""Half a period of the refresh request that bit 4 of port 0x61 shows: 15 microseconds."""
 
 _LOW, _HIGH, _BOTH = 1, 2, 3
 _GATE2: Final = 0x01
@@ -25,13 +26,13 @@ _PORT61_WRITABLE: Final = 0x0F
 
 @dataclass(frozen=True, slots=True)
 class PitChannelV1:
-    """`elapsed_ns`: time since the count was (re)started; the rest is as in `_Channel`."""
+    """`elapsed`: ticks since the count was (re)started; the rest is as in `_Channel`."""
 
     mode: int
     access: int
     bcd: bool
     count: int
-    elapsed_ns: int
+    elapsed: int
     held: int | None
     triggered: bool
     gate: bool
@@ -50,7 +51,7 @@ class VatpitV1:
 
 
 class _Channel:
-    """One counter.
+    """One counter. Times (`now`, `start`) are ticks of the 8254's clock since the VM's began.
 
     count: the initial count, 1-65536, 0 before one is written. start: when counting (re)started. held: the ticks
     counted so far while the gate holds the count, else None. triggered: modes 1 and 5 have seen a rising gate.
@@ -94,7 +95,7 @@ class _Channel:
         self.held = None if self.gate else 0
 
     def set_gate(self, gate: bool, now: int) -> None:
-        """"Gate Pin Operations": a level in modes 0 and 4, an edge in 1 and 5, both in 2 and 3."""
+        """See "Gate Pin Operations": a level in modes 0 and 4, an edge in 1 and 5, both in 2 and 3."""
         if gate == self.gate:
             return
         self.gate = gate
@@ -107,12 +108,12 @@ class _Channel:
         elif not gate:
             self.held = self.elapsed(now) if mode in (0, 4) else 0
         elif self.count:
-            self.start = now - -(-(self.held or 0) * _NS // PIT_HZ)
+            self.start = now - (self.held or 0)
             self.held = None
 
     def elapsed(self, now: int) -> int:
         """Ticks counted since the start."""
-        return (now - self.start) * PIT_HZ // _NS if self.held is None else self.held
+        return now - self.start if self.held is None else self.held
 
     def output(self, now: int) -> bool:
         if not self.count:
@@ -192,7 +193,7 @@ class _Channel:
         return True
 
     def next_event(self, now: int) -> int | None:
-        """When the output rises next (nanoseconds of the clock), None if it does not by itself."""
+        """When the output rises next, None if it does not by itself."""
         if not self.count or self.held is not None or self.mode in (1, 5):
             return None
         ticks = self.elapsed(now)
@@ -201,10 +202,10 @@ class _Channel:
                 return None
             ticks = self.count
         else:
-            if self.count * _NS < MIN_PERIOD_NS * PIT_HZ:
-                ticks = self.elapsed(now + MIN_PERIOD_NS)
+            if self.count < _MIN_PERIOD:
+                ticks += _MIN_PERIOD
             ticks = (ticks // self.count + 1) * self.count
-        return self.start - (-ticks * _NS // PIT_HZ)
+        return self.start + ticks
 
     def save(self, now: int) -> PitChannelV1:
         return PitChannelV1(
@@ -214,7 +215,7 @@ class _Channel:
 
     def restore(self, state: PitChannelV1, now: int) -> None:
         self.mode, self.access, self.bcd, self.count = state.mode, state.access, state.bcd, state.count
-        self.start = now - state.elapsed_ns
+        self.start = now - state.elapsed
         self.held, self.triggered, self.gate = state.held, state.triggered, state.gate
         self.low_byte, self.read_high = state.low_byte, state.read_high
         self.latched, self.status = state.latched, state.status
@@ -241,7 +242,10 @@ class Vatpit:
 
     def output(self, channel: int) -> bool:
         """The OUT line of a channel (0-2)."""
-        return self._channels[channel].output(self._clock.now())
+        return self._channels[channel].output(self._ticks())
+
+    def _ticks(self) -> int:
+        return self._clock.now() * PIT_HZ // _NS
 
     # -- ports --------------------------------------------------------------------------------------------------------
 
@@ -255,16 +259,16 @@ class Vatpit:
             write_bytes(self._write, port, size, value)
 
     def _read(self, port: int) -> int:
-        now = self._clock.now()
+        now = self._ticks()
         if 0x40 <= port <= 0x42:
             return self._channels[port - 0x40].read(now)
         if port == 0x61:
-            refresh = now // _REFRESH_NS & 1
+            refresh = now // _REFRESH & 1
             return self._port61 | refresh << 4 | self._channels[2].output(now) << 5
         return OPEN_BUS
 
     def _write(self, port: int, value: int) -> None:
-        now = self._clock.now()
+        now = self._ticks()
         if 0x40 <= port <= 0x42:
             if self._channels[port - 0x40].write(value, now):
                 if port == 0x40:
@@ -278,7 +282,7 @@ class Vatpit:
             self._channels[2].set_gate(bool(value & _GATE2), now)
 
     def _control(self, value: int, now: int) -> None:
-        """"Control Word Format", "Counter Latch Command", "Read-Back Command"."""
+        """See "Control Word Format", "Counter Latch Command", "Read-Back Command"."""
         select, access, mode = value >> 6, value >> 4 & 3, value >> 1 & 7
         if select == 3:
             for index, channel in enumerate(self._channels):
@@ -306,7 +310,7 @@ class Vatpit:
         if at is None:
             self._deadline.clear()
         else:
-            self._deadline.set(at)
+            self._deadline.set(-(-at * _NS // PIT_HZ))
 
     def _wake(self) -> None:
         if not self._deadline.due():
@@ -315,7 +319,7 @@ class Vatpit:
             self._drive(True)
         else:
             self._irq0.pulse()
-            self._book(self._clock.now())
+            self._book(self._ticks())
 
     def _drive(self, level: bool) -> None:
         if level != self._irq0_level:
@@ -325,11 +329,11 @@ class Vatpit:
     # -- saved state --------------------------------------------------------------------------------------------------
 
     def save(self) -> VatpitV1:
-        now = self._clock.now()
+        now = self._ticks()
         return VatpitV1(tuple(channel.save(now) for channel in self._channels), self._port61, self._irq0_level)
 
     def restore(self, state: VatpitV1) -> None:
-        now = self._clock.now()
+        now = self._ticks()
         for channel, saved in zip(self._channels, state.channels, strict=True):
             channel.restore(saved, now)
         self._port61 = state.port61

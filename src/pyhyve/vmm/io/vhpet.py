@@ -199,7 +199,7 @@ class Vhpet:
             self._drive(index)
 
     def _write_status(self, value: int) -> None:
-        """"General Interrupt Status Register": a 1 written drops the bit and the pin."""
+        """See "General Interrupt Status Register": a 1 written drops the bit and the pin."""
         dropped = self._status & value
         self._status &= ~value
         for index in range(NUM_TIMERS):

@@ -1,4 +1,4 @@
-"""The local APIC of one vCPU, in xAPIC and x2APIC mode, with its timer.
+"""The local APIC of one vCPU, in xAPIC and x2APIC mode; its timer is in vlapictimer.
 
 Intel SDM vol 3, chapter "Advanced Programmable Interrupt Controller (APIC)". Registers go by `offset >> 4` of the
 xAPIC page, which is also `msr - 0x800` in x2APIC mode. IRR, ISR and TMR are ints of 256 bits.
@@ -15,10 +15,9 @@ from typing import ClassVar, Final
 from pyhyve.base.errors import GuestFault
 from pyhyve.base.protocols import Clock, Timers
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, INIT, LOWEST_PRIORITY, NMI, STARTUP, ApicBus
-from pyhyve.vmm.io.deadline import Deadline, next_period
+from pyhyve.vmm.io.vlapictimer import APIC_BUS_HZ as APIC_BUS_HZ
+from pyhyve.vmm.io.vlapictimer import VlapicTimer, VlapicTimerV1
 
-APIC_BUS_HZ: Final = 1_000_000_000
-"""What the timer counts before its divider; CPUID 0x15 (crystal) and 0x40000010 report it."""
 APIC_DEFAULT_BASE: Final = 0xFEE00000
 APIC_VERSION: Final = 0x00060014
 """Integrated local APIC, LVT entries 0-6 (CMCI among them), no EOI-broadcast suppression."""
@@ -55,7 +54,6 @@ _LVT_WRITABLE: Final = {
     LVT_LINT1: 0x1A7FF,
     LVT_ERROR: 0x100FF,
 }
-ONE_SHOT, PERIODIC, TSC_DEADLINE = 0, 1, 2
 
 SVR_ENABLED: Final = 1 << 8
 _SVR_WRITABLE: Final = 0x3FF
@@ -73,8 +71,6 @@ _ICR_LOW_WRITABLE: Final = 0xCCFFF
 _ICR_LOW_RESERVED_X2APIC: Final = 0xFFFFFFFF & ~(_ICR_LOW_WRITABLE | 1 << 12)
 
 _BIT: Final = tuple(1 << n for n in range(256))
-_MAX_SLEEP_NS: Final = 1 << 50
-"""A TSC deadline further away than this (13 days) is approached in steps."""
 
 
 def _nothing() -> None:
@@ -87,8 +83,6 @@ def _no_sipi(vector: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VlapicV1:
-    """`timer_left`: nanoseconds to the timer's deadline (negative if it is overdue), None if it does not run."""
-
     SCHEMA: ClassVar[tuple[str, int]] = ("vlapic", 1)
     apic_id: int
     base: int
@@ -99,8 +93,7 @@ class VlapicV1:
     errors: int
     lint: tuple[bool, bool]
     extint_latched: bool
-    tsc_deadline: int
-    timer_left: int | None
+    timer: VlapicTimerV1
 
 
 class Vlapic:
@@ -111,9 +104,8 @@ class Vlapic:
     """
 
     __slots__ = (
-        "_accepting", "_base", "_bus", "_clock", "_deadline", "_divisor", "_errors", "_extint_latched", "_irr", "_isr",
-        "_lint", "_lock", "_notify", "_on_init", "_on_nmi", "_on_sipi", "_ppr", "_regs", "_tmr", "_tpr", "_tsc",
-        "_tsc_deadline", "_tsc_hz", "_x2apic", "apic_id",
+        "_accepting", "_base", "_bus", "_errors", "_extint_latched", "_irr", "_isr", "_lint", "_lock", "_notify",
+        "_on_init", "_on_nmi", "_on_sipi", "_ppr", "_regs", "_timer", "_tmr", "_tpr", "_x2apic", "apic_id",
     )  # fmt: skip
 
     def __init__(
@@ -131,15 +123,12 @@ class Vlapic:
     ) -> None:
         self.apic_id = apic_id
         self._bus = bus
-        self._clock = clock
         self._notify = notify
-        self._tsc = tsc
-        self._tsc_hz = tsc_hz
         self._on_init = on_init
         self._on_sipi = on_sipi
         self._on_nmi = on_nmi
         self._lock = threading.RLock()
-        self._deadline = Deadline(clock, timers, self._timer_wake)
+        self._timer = VlapicTimer(clock, timers, self._lock, tsc, tsc_hz, self._timer_expired)
         self._lint = [False, False]
         self._regs = [0] * 64
         self._base = 0
@@ -148,8 +137,6 @@ class Vlapic:
         self._irr = self._isr = self._tmr = 0
         self._tpr = self._ppr = 0
         self._errors = 0
-        self._divisor = 2
-        self._tsc_deadline = 0
         self._extint_latched = False
         self.reset()
 
@@ -202,9 +189,7 @@ class Vlapic:
             for lvt in _LVTS:
                 regs[lvt] = LVT_MASKED
             self._regs = regs
-            self._deadline.clear()
-            self._tsc_deadline = 0
-            self._divisor = 2
+            self._timer.reset()
             self._irr = self._isr = self._tmr = 0
             self._tpr = self._ppr = 0
             self._errors = 0
@@ -217,10 +202,9 @@ class Vlapic:
 
         MultiProcessor Specification, "Virtual Wire Mode". For machines that start a kernel without firmware.
         """
-        with self._lock:
-            self._write_svr(SVR_ENABLED | 0xFF)
-            self._regs[LVT_LINT0] = EXTINT << 8
-            self._regs[LVT_LINT1] = NMI << 8
+        self._write_svr(SVR_ENABLED | 0xFF)
+        self._write_lvt_lint(0, EXTINT << 8)
+        self._write_lvt_lint(1, NMI << 8)
 
     # -- interrupts in and out ----------------------------------------------------------------------------------------
 
@@ -351,7 +335,7 @@ class Vlapic:
                 value = self._regs[index] if handler is None else handler(self)
                 return value if index != ICR_LOW else value | self._regs[ICR_HIGH] << 32
         elif msr == MSR_TSC_DEADLINE:
-            return self._tsc_deadline
+            return self._timer.tsc_deadline
         elif msr == MSR_APIC_BASE:
             return self._base
         raise GuestFault(13, 0)
@@ -368,7 +352,7 @@ class Vlapic:
                 raise GuestFault(13, 0)
             handler(self, value)
         elif msr == MSR_TSC_DEADLINE:
-            self._write_tsc_deadline(value)
+            self._timer.set_tsc_deadline(value)
         elif msr == MSR_APIC_BASE:
             self._write_base(value)
         else:
@@ -455,7 +439,7 @@ class Vlapic:
         self._regs[DFR] = value | 0x0FFFFFFF
 
     def _write_svr(self, value: int) -> None:
-        """"Spurious-Interrupt Vector Register (SVR)"; while software-disabled every LVT entry stays masked."""
+        """See "Spurious-Interrupt Vector Register (SVR)"; while software-disabled every LVT entry stays masked."""
         with self._lock:
             self._regs[SVR] = value & _SVR_WRITABLE
             self._update_accepting()
@@ -579,99 +563,14 @@ class Vlapic:
                 if self._lint[pin]:
                     self._lint_asserted(pin)
 
-    # -- the timer, "APIC Timer" --------------------------------------------------------------------------------------
-
-    def _timer_mode(self) -> int:
-        return self._regs[LVT_TIMER] >> 17 & 3
+    # -- the timer ----------------------------------------------------------------------------------------------------
 
     def _write_lvt_timer(self, value: int) -> None:
-        with self._lock:
-            old = self._timer_mode()
-            self._write_lvt(LVT_TIMER, value)
-            if (old == TSC_DEADLINE) != (self._timer_mode() == TSC_DEADLINE):
-                self._deadline.clear()
-                self._tsc_deadline = 0
-                self._regs[TIMER_INITIAL] = 0
+        self._write_lvt(LVT_TIMER, value)
+        self._timer.set_mode(value >> 17 & 3)
 
-    def _write_initial(self, value: int) -> None:
-        with self._lock:
-            if self._timer_mode() == TSC_DEADLINE:
-                return
-            self._regs[TIMER_INITIAL] = value
-            if value:
-                self._deadline.set(self._clock.now() + self._ticks_ns(value))
-            else:
-                self._deadline.clear()
-
-    def _ticks_ns(self, ticks: int) -> int:
-        return ticks * self._divisor * 1_000_000_000 // APIC_BUS_HZ
-
-    def _read_current(self) -> int:
-        with self._lock:
-            at = self._deadline.at
-            initial = self._regs[TIMER_INITIAL]
-            if at is None or not initial or self._timer_mode() == TSC_DEADLINE:
-                return 0
-            left = at - self._clock.now()
-            if self._timer_mode() == PERIODIC:
-                left %= self._ticks_ns(initial)
-                if left == 0:
-                    return initial
-            elif left <= 0:
-                return 0
-            return -(-left * APIC_BUS_HZ // (1_000_000_000 * self._divisor))
-
-    def _write_divide(self, value: int) -> None:
-        """"Divide Configuration Register": bits 0, 1 and 3; a running count goes on with the new divisor."""
-        with self._lock:
-            left = self._read_current()
-            self._set_divisor(value)
-            if left:
-                self._deadline.set(self._clock.now() + self._ticks_ns(left))
-
-    def _set_divisor(self, value: int) -> None:
-        self._regs[TIMER_DIVIDE] = value & 0xB
-        code = value & 3 | value >> 1 & 4
-        self._divisor = 1 if code == 7 else 2 << code
-
-    def _write_tsc_deadline(self, value: int) -> None:
-        """"TSC-Deadline Mode": an absolute time; 0 disarms; ignored in the other modes."""
-        if self._timer_mode() != TSC_DEADLINE:
-            return
-        with self._lock:
-            self._tsc_deadline = value
-            if not value:
-                self._deadline.clear()
-                return
-            if self._arm_tsc():
-                return
-            self._tsc_deadline = 0
-            self._deadline.clear()
-            lvt = self._regs[LVT_TIMER]
-        if not lvt & LVT_MASKED:
-            self.post(lvt & 0xFF)
-
-    def _arm_tsc(self) -> bool:
-        """Book the TSC deadline; False if the guest's TSC has already reached it."""
-        left = self._tsc_deadline - self._tsc()
-        if left <= 0:
-            return False
-        self._deadline.set(self._clock.now() + min(left * 1_000_000_000 // self._tsc_hz + 1, _MAX_SLEEP_NS))
-        return True
-
-    def _timer_wake(self) -> None:
-        with self._lock:
-            at = self._deadline.at
-            if not self._deadline.due() or at is None:
-                return
-            lvt = self._regs[LVT_TIMER]
-            mode = lvt >> 17 & 3
-            if mode == TSC_DEADLINE:
-                if self._arm_tsc():
-                    return
-                self._tsc_deadline = 0
-            elif mode == PERIODIC and self._regs[TIMER_INITIAL]:
-                self._deadline.set(next_period(at, self._ticks_ns(self._regs[TIMER_INITIAL]), self._clock.now()))
+    def _timer_expired(self) -> None:
+        lvt = self._regs[LVT_TIMER]
         if not lvt & LVT_MASKED:
             self.post(lvt & 0xFF)
 
@@ -681,7 +580,6 @@ class Vlapic:
         with self._lock:
             regs = list(self._regs)
             regs[TPR] = self._tpr
-            at = self._deadline.at
             return VlapicV1(
                 apic_id=self.apic_id,
                 base=self._base,
@@ -692,8 +590,7 @@ class Vlapic:
                 errors=self._errors,
                 lint=(self._lint[0], self._lint[1]),
                 extint_latched=self._extint_latched,
-                tsc_deadline=self._tsc_deadline,
-                timer_left=None if at is None else at - self._clock.now(),
+                timer=self._timer.save(),
             )
 
     def restore(self, state: VlapicV1) -> None:
@@ -709,17 +606,9 @@ class Vlapic:
             self._errors = state.errors
             self._lint = list(state.lint)
             self._extint_latched = state.extint_latched
-            self._set_divisor(state.regs[TIMER_DIVIDE])
+            self._timer.restore(state.timer)
             self._update_accepting()
             self._update_ppr()
-            self._tsc_deadline = state.tsc_deadline
-            self._deadline.clear()
-            now = self._clock.now()
-            if state.tsc_deadline:
-                if not self._arm_tsc():
-                    self._deadline.set(now)
-            elif state.timer_left is not None:
-                self._deadline.set(now + state.timer_left)
         self._notify_if_pending()
 
 
@@ -749,7 +638,14 @@ _WIDE: Final = {
 }
 # None: the register is what `_regs` holds.
 _READ: Final[tuple[_Read | None, ...]] = tuple(
-    {TPR: Vlapic._read_tpr, PPR: Vlapic._read_ppr, TIMER_CURRENT: Vlapic._read_current, **_WIDE}.get(index)
+    {
+        TPR: Vlapic._read_tpr,
+        PPR: Vlapic._read_ppr,
+        TIMER_INITIAL: lambda vlapic: vlapic._timer.initial,
+        TIMER_CURRENT: lambda vlapic: vlapic._timer.current(),
+        TIMER_DIVIDE: lambda vlapic: vlapic._timer.divide,
+        **_WIDE,
+    }.get(index)
     for index in range(256)
 )
 _WRITE: Final[dict[int, _Write]] = {
@@ -764,8 +660,8 @@ _WRITE: Final[dict[int, _Write]] = {
     LVT_LINT0: Vlapic._write_lvt_lint0,
     LVT_LINT1: Vlapic._write_lvt_lint1,
     LVT_ERROR: Vlapic._write_lvt_error,
-    TIMER_INITIAL: Vlapic._write_initial,
-    TIMER_DIVIDE: Vlapic._write_divide,
+    TIMER_INITIAL: lambda vlapic, value: vlapic._timer.set_initial(value),
+    TIMER_DIVIDE: lambda vlapic, value: vlapic._timer.set_divide(value),
 }
 _READ_ONLY: Final = (ID, VERSION, APR, PPR, RRD, TIMER_CURRENT, *_WIDE)
 _XAPIC_WRITE: Final = _table(
