@@ -1,0 +1,127 @@
+"""Who receives an interrupt: destination modes, shorthands, lowest priority."""
+
+import pytest
+
+from pyhyve.vmm.io.apicbus import FIXED, LOWEST_PRIORITY, NMI, SMI
+
+
+@pytest.mark.seed("S7")
+def test_a_message_that_is_no_interrupt_is_counted_and_dropped(board, cpu):
+    board.bus.send_msi(0x1000, 0x41)
+    assert board.bus.dropped == 1
+    assert board.pending() == {}
+
+
+@pytest.mark.seed("S7")
+def test_an_msi_reaches_the_physical_destination(board):
+    board.add(0)
+    board.add(1)
+    board.bus.send_msi(0xFEE01000, 0x4041)
+    assert board.pending() == {1: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_dm_without_rh_is_physical(board):
+    for n in range(3):
+        board.add(n).write(0xD0, 4, 1 << (24 + n))
+    board.bus.send_msi(0xFEE02004, 0x41)
+    assert board.pending() == {2: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_flat_destinations_are_a_set_of_bits(board):
+    for n in range(4):
+        board.add(n).write(0xD0, 4, 1 << (24 + n))
+    board.bus.send_msi(0xFEE0A00C, 0x41)
+    assert board.pending() == {1: 0x41, 3: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_cluster_destinations_name_a_cluster_and_bits_in_it(board):
+    for n in range(6):
+        vlapic = board.add(n)
+        vlapic.write(0xE0, 4, 0x0FFFFFFF)
+        vlapic.write(0xD0, 4, (n // 3) << 28 | 1 << (24 + n % 3))
+    board.bus.send_msi(0xFEE1500C, 0x41)
+    assert board.pending() == {3: 0x41, 5: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_x2apic_logical_destinations_name_a_cluster_of_sixteen(board):
+    for n in (0, 1, 16, 17, 33):
+        board.add(n, x2apic=True)
+    board.bus.deliver(1 << 16 | 0b11, True, FIXED, 0x41, False, x2apic=True)
+    assert board.pending() == {16: 0x41, 17: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_0xff_is_everyone_for_an_eight_bit_sender(board):
+    board.add(0)
+    board.add(1)
+    board.add(2, x2apic=True)
+    board.bus.send_msi(0xFEEFF000, 0x41)
+    assert board.pending() == {0: 0x41, 1: 0x41, 2: 0x41}
+
+
+@pytest.mark.seed("S8")
+def test_0xffffffff_is_everyone_for_an_x2apic_sender_and_0xff_is_an_id(board):
+    first = board.add(0, x2apic=True)
+    board.add(1, x2apic=True)
+    board.add(255, x2apic=True)
+    first.wrmsr(0x830, 0xFF << 32 | 0x42)
+    assert board.pending() == {255: 0x42}
+    first.wrmsr(0x830, 0xFFFFFFFF << 32 | 0x43)
+    assert board.pending() == {0: 0x43, 1: 0x43, 255: 0x43}
+
+
+@pytest.mark.seed("S8")
+def test_lowest_priority_picks_one_of_the_least_busy(board):
+    for n in range(3):
+        vlapic = board.add(n)
+        vlapic.write(0xD0, 4, 1 << (24 + n))
+    board.cpus[0].cr8 = 5
+    board.cpus[2].cr8 = 3
+    board.bus.send_msi(0xFEE0700C, LOWEST_PRIORITY << 8 | 0x61)
+    assert board.pending() == {1: 0x61}
+
+
+@pytest.mark.seed("S8")
+def test_lowest_priority_passes_over_disabled_apics(board):
+    board.add(0, enable=False).write(0xD0, 4, 1 << 24)
+    board.add(1).write(0xD0, 4, 2 << 24)
+    board.cpus[1].cr8 = 2
+    board.bus.send_msi(0xFEE0300C, LOWEST_PRIORITY << 8 | 0x61)
+    assert board.pending() == {1: 0x61}
+
+
+def test_lowest_priority_spreads_vectors_over_equals(board):
+    for n in range(2):
+        board.add(n).write(0xD0, 4, 1 << (24 + n))
+    board.bus.send_msi(0xFEE0300C, LOWEST_PRIORITY << 8 | 0x60)
+    board.bus.send_msi(0xFEE0300C, LOWEST_PRIORITY << 8 | 0x61)
+    assert board.pending() == {0: 0x60, 1: 0x61}
+
+
+def test_an_interrupt_for_nobody_is_counted(board, cpu):
+    assert board.bus.deliver(9, False, FIXED, 0x41, False) == 0
+    assert board.bus.deliver(0, False, SMI, 0, False) == 0
+    assert board.bus.undelivered == 2
+
+
+def test_an_nmi_message_reaches_the_vcpu_and_not_irr(board, cpu):
+    board.bus.send_msi(0xFEE00000, NMI << 8)
+    assert board.names(0) == ["nmi"]
+    assert board.pending() == {}
+
+
+def test_two_apics_of_one_id_are_refused(board, cpu):
+    with pytest.raises(ValueError, match="id 0"):
+        board.bus.attach(cpu)
+
+
+def test_counters_survive_save_and_restore(board):
+    board.bus.send_msi(0, 0)
+    state = board.bus.save()
+    board.bus.send_msi(0, 0)
+    board.bus.restore(state)
+    assert board.bus.dropped == 1
