@@ -60,14 +60,21 @@ class PortBus:
         self.unclaimed[port] += 1
 
 
+_SMALL_PAGES: Final = 64
+_Range = tuple[int, int, IoHandler]
+
+
 class MmioBus:
-    """Devices by guest-physical address; several may share a page."""
+    """Devices by guest-physical address; several may share a page.
+
+    A range of many pages (PCI's configuration space has 65,536) is kept in a list of its own, not page by page.
+    """
 
     def __init__(self) -> None:
         self.unclaimed: Counter[int] = Counter()
         """How often the guest touched each page that is neither memory nor a device."""
-        self.pages: Final[dict[int, list[tuple[int, int, IoHandler]]]] = {}
-        """Page number → the (first, limit, handler) that lie in it."""
+        self._pages: Final[dict[int, list[_Range]]] = {}
+        self._large: Final[list[_Range]] = []
 
     def attach(self, gpa: int, length: int, handler: IoHandler) -> None:
         """Give `length` bytes from `gpa` on to `handler`. ValueError if they overlap another device."""
@@ -75,33 +82,47 @@ class MmioBus:
         if length <= 0 or gpa < 0:
             raise ValueError(f"{gpa:#x}+{length:#x} is no address range")
         pages = range(gpa >> 12, (limit + 0xFFF) >> 12)
-        for page in pages:
-            for first, end, _ in self.pages.get(page, ()):
-                if gpa < end and first < limit:
-                    raise ValueError(f"{gpa:#x}+{length:#x} overlaps the device at {first:#x}")
-        for page in pages:
-            self.pages.setdefault(page, []).append((gpa, limit, handler))
+        large = len(pages) > _SMALL_PAGES
+        others = {r for ranges in self._pages.values() for r in ranges} if large else None
+        for page in () if large else pages:
+            others = {*(others or ()), *self._pages.get(page, ())}
+        for first, end, _ in (*(others or ()), *self._large):
+            if gpa < end and first < limit:
+                raise ValueError(f"{gpa:#x}+{length:#x} overlaps the device at {first:#x}")
+        if large:
+            self._large.append((gpa, limit, handler))
+        else:
+            for page in pages:
+                self._pages.setdefault(page, []).append((gpa, limit, handler))
 
     def detach(self, gpa: int, length: int) -> None:
         """Remove what was attached with the same `gpa` and `length`; harmless if nothing was."""
         limit = gpa + length
-        for page in range(gpa >> 12, (limit + 0xFFF) >> 12):
-            ranges = [r for r in self.pages.get(page, ()) if r[:2] != (gpa, limit)]
+        self._large[:] = [r for r in self._large if r[:2] != (gpa, limit)]
+        for page in range(gpa >> 12, (limit + 0xFFF) >> 12) if length >> 12 <= _SMALL_PAGES else ():
+            ranges = [r for r in self._pages.get(page, ()) if r[:2] != (gpa, limit)]
             if ranges:
-                self.pages[page] = ranges
+                self._pages[page] = ranges
             else:
-                self.pages.pop(page, None)
+                self._pages.pop(page, None)
+
+    def has_page(self, page: int) -> bool:
+        """True if a device lies in this page (a number: address >> 12)."""
+        if page in self._pages:
+            return True
+        gpa = page << 12
+        return any(first <= gpa < limit for first, limit, _ in self._large)
 
     def read(self, gpa: int, size: int) -> int:
         """Read `size` (1 to 8) bytes. A device is called with the size that it was accessed with."""
-        for first, limit, handler in self.pages.get(gpa >> 12, ()):
+        for first, limit, handler in self._pages.get(gpa >> 12, self._large):
             if first <= gpa < limit:
                 return handler.read(gpa - first, size) & (1 << 8 * size) - 1
         self.unclaimed[gpa >> 12] += 1
         return (1 << 8 * size) - 1
 
     def write(self, gpa: int, size: int, value: int) -> None:
-        for first, limit, handler in self.pages.get(gpa >> 12, ()):
+        for first, limit, handler in self._pages.get(gpa >> 12, self._large):
             if first <= gpa < limit:
                 handler.write(gpa - first, size, value)
                 return

@@ -214,8 +214,7 @@ class RunLoop:
     def _ept_violation(self) -> None:
         exit_ = self.exit
         gpa = exit_.gpa
-        page = gpa >> 12
-        if page != LAPIC_PAGE and page not in self.mmio.pages and self.memory.fault(gpa, exit_.qualification & 7):
+        if not self.is_device(gpa) and self.memory.fault(gpa, exit_.qualification & 7):
             return
         self._emulate()
 
@@ -234,7 +233,7 @@ class RunLoop:
 
     def is_device(self, gpa: int) -> bool:
         page = gpa >> 12
-        return page == LAPIC_PAGE or page in self.mmio.pages
+        return page == LAPIC_PAGE or self.mmio.has_page(page)
 
     def read_device(self, gpa: int, size: int) -> int:
         """Read what is not memory: the vCPU's own local APIC, or a device on the bus."""

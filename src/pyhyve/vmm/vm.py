@@ -8,7 +8,8 @@ import enum
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -258,6 +259,15 @@ class Vm:
             self.state = State.RUNNING
             self._watchdog_since = 0
             self._parking.notify_all()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The guest stands still while this lasts (and looks the same afterwards)."""
+        self.pause()
+        try:
+            yield
+        finally:
+            self.resume()
 
     def _tsc_at(self, clock_ns: int) -> int:
         """What a guest's counter, had nobody written it, shows at a time of the VM's clock."""

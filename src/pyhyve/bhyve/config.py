@@ -1,0 +1,102 @@
+"""What a machine is made of: a frozen, checked description, and the parsers of what users type."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from pyhyve.base.errors import UsageError
+from pyhyve.bhyve.layout import MIB, MIN_RAM, PAGE_SIZE
+
+DEFAULT_MEMORY: Final = 256 * MIB
+DEFAULT_APPEND: Final = "console=ttyS0"
+DEFAULT_HANG_SECONDS: Final = 20.0
+MAX_CPUS: Final = 254
+"""APIC ids 0 to 253: 255 is the broadcast, and 254 is left to the I/O APIC of guests that number them together."""
+
+_UNITS: Final = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def parse_size(text: str, option: str = "-m") -> int:
+    """Return bytes for "256M", "1G", "1.5GiB", ... A bare number below 1 MiB counts MiB, as in bhyve.
+
+    UsageError, beginning with `option`, for anything else.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{option} {text}: not a size; write a number and K, M, G or T, for instance 256M")
+    number, unit = match[1], match[2].upper()
+    size = int(float(number) * (1 << _UNITS[unit])) if "." in number else int(number) << _UNITS[unit]
+    return size * MIB if not unit and "B" not in text.upper() and size < MIB else size
+
+
+def format_size(size: int) -> str:
+    """Return "256M", "1.5G", ... for a number of bytes."""
+    for unit in "TGM":
+        if size >= 1 << _UNITS[unit]:
+            return f"{size / (1 << _UNITS[unit]):g}{unit}"
+    return f"{size >> 10}K"
+
+
+def parse_pin(text: str, option: str = "-p") -> tuple[int, int]:
+    """Return (vCPU, host CPU) for "0:1"."""
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise UsageError(f"{option} {text}: not a pinning; write vCPU:hostCPU, for instance {option} 0:1")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """A machine to be built. Checked when it is made: UsageError, one line, for what cannot be."""
+
+    kernel: Path
+    initrd: Path | None = None
+    append: str = DEFAULT_APPEND
+    memory: int = DEFAULT_MEMORY
+    """RAM in bytes."""
+    cpus: int = 1
+    name: str | None = None
+    """None: a name of its own that nobody else takes."""
+    processor: str = "auto"
+    kaslr: bool = False
+    pins: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    """vCPU → the host CPUs that it may run on."""
+    hang_seconds: float = DEFAULT_HANG_SECONDS
+    """A guest that spins this long without an exit has hung; 0: it may."""
+
+    def __post_init__(self) -> None:
+        self._check_memory()
+        self._check_cpus()
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise UsageError(
+                f"--name {self.name!r}: not a name; use up to 64 letters, digits, '.', '_' and '-', "
+                "a letter or a digit first"
+            )
+        if self.hang_seconds < 0:
+            raise UsageError(f"--hang {self.hang_seconds:g}: not a time; write seconds, or 0 for never")
+
+    def _check_memory(self) -> None:
+        if self.memory < MIN_RAM:
+            raise UsageError(
+                f"-m {format_size(self.memory)}: too little memory; "
+                f"a 64-bit Linux needs at least {format_size(MIN_RAM)}, better 128M"
+            )
+        if self.memory % PAGE_SIZE:
+            raise UsageError(f"-m {self.memory}: not a multiple of {PAGE_SIZE} bytes; write MiB, as in 256M")
+
+    def _check_cpus(self) -> None:
+        if not 1 <= self.cpus <= MAX_CPUS:
+            raise UsageError(f"-c {self.cpus}: a machine has 1 to {MAX_CPUS} processors")
+        host = os.sched_getaffinity(0)
+        for vcpu, cpus in self.pins.items():
+            if not 0 <= vcpu < self.cpus:
+                raise UsageError(f"-p {vcpu}: there is no such vCPU; this machine has 0 to {self.cpus - 1}")
+            missing = sorted(cpus - host)
+            if missing:
+                allowed = ", ".join(map(str, sorted(host)))
+                raise UsageError(f"-p {vcpu}:{missing[0]}: no such host CPU for this process; it may use {allowed}")

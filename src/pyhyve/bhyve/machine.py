@@ -1,0 +1,367 @@
+"""The machine: the one place where processor, memory, chips, tables and loader are put together.
+
+A PC as Linux expects it: two 8259s and an I/O APIC, 8254, RTC, HPET, ACPI's fixed hardware, a UART, PCI with a host
+bridge. Addresses are `layout`'s.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+from pyhyve.base.errors import UsageError
+from pyhyve.base.protocols import IoHandler, IrqPin
+from pyhyve.bhyve import layout
+from pyhyve.bhyve.acpi import build_acpi
+from pyhyve.bhyve.boot.linux import load_linux
+from pyhyve.bhyve.boot.state import BootState
+from pyhyve.bhyve.config import MachineConfig
+from pyhyve.bhyve.console import Console, Quit
+from pyhyve.bhyve.lpc.com import ComPort
+from pyhyve.bhyve.lpc.i8042 import I8042
+from pyhyve.bhyve.lpc.pm import PM1_LENGTH, PowerManagement
+from pyhyve.bhyve.lpc.port92 import SystemControl
+from pyhyve.bhyve.lpc.post import PostCode
+from pyhyve.bhyve.lpc.reset import ResetControl
+from pyhyve.bhyve.names import NameLock
+from pyhyve.bhyve.outcome import ConsoleWatch, Outcome, OutcomeKind, classify
+from pyhyve.bhyve.pci.bus import ConfigPorts, Ecam, PciBus
+from pyhyve.bhyve.pci.device import BarKind
+from pyhyve.bhyve.pci.hostbridge import HostBridge
+from pyhyve.cpu import select
+from pyhyve.cpu.processor import Segment
+from pyhyve.vmm.io.vatpic import Vatpic
+from pyhyve.vmm.io.vatpit import Vatpit
+from pyhyve.vmm.io.vhpet import Vhpet
+from pyhyve.vmm.io.vioapic import Vioapic
+from pyhyve.vmm.io.vlapic import Vlapic
+from pyhyve.vmm.io.vpmtmr import Vpmtmr
+from pyhyve.vmm.io.vrtc import Vrtc
+from pyhyve.vmm.pins import FabricPin, FanOut
+from pyhyve.vmm.vcpu import Vcpu
+from pyhyve.vmm.vm import State, Suspend, Vm
+
+_PANIC_GRACE_NS: Final = 2_000_000_000
+"""After a panic's first line the guest may go on printing this long; then it is stopped if it has not ended itself."""
+_PIC_PORTS: Final = 2
+
+
+class VcpuView:
+    """A vCPU as programs see it: its registers, read while the VM stands still."""
+
+    def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
+        self._vm = vm
+        self._vcpu = vcpu
+
+    def get(self, name: str) -> int:
+        """Return a register by the processor contract's name ("rip", "rax", "cr3", ...); KeyError if there is none."""
+        with self._vm.stopped():
+            return self._vcpu.backend.get(name)
+
+    def set(self, name: str, value: int) -> None:
+        with self._vm.stopped():
+            self._vcpu.backend.set(name, value)
+
+    def get_segment(self, name: str) -> Segment:
+        with self._vm.stopped():
+            return self._vcpu.backend.get_segment(name)
+
+    def translate(self, gla: int) -> int | None:
+        """Guest-linear to guest-physical, by the tables that the vCPU uses now; None if it is not mapped."""
+        with self._vm.stopped():
+            return self._vcpu.backend.translate(gla)
+
+
+class Machine:
+    """A built machine: `start()`, `wait()`, `close()`, or all of it by `run()`. A context manager that closes.
+
+    UsageError or HostError, one line, where the description cannot be met; nothing is left behind then.
+    """
+
+    def __init__(self, config: MachineConfig, console: Console, *, timing: bool = False) -> None:
+        self.config = config
+        self.console = console
+        self.outcome: Outcome | None = None
+        self._started_at = 0.0
+        self._ended_at = 0.0
+        self._timed_out = False
+        self._closed = False
+        self._finish_lock = threading.Lock()
+        engine = select.processor(config.processor)
+        most = engine.capabilities().max_vcpus
+        if config.cpus > most:
+            raise UsageError(f"-c {config.cpus}: the {engine.name} processor has at most {most}")
+        with contextlib.ExitStack() as undo:
+            self._lock = NameLock(config.name or f"vm-{os.getpid()}-{id(self) & 0xFFFFFF:x}")
+            undo.callback(self._lock.release)
+            self.vm = Vm(self._lock.name, engine, config.cpus, timing=timing)
+            undo.callback(self.vm.close)
+            self.vm.hang_ns = int(config.hang_seconds * 1e9)
+            self.vm.on_suspend = self._on_suspend
+            for index, cpus in config.pins.items():
+                self.vm.vcpus[index].pin(cpus)
+            self.watch = ConsoleWatch(console.write, self._on_panic)
+            self._build()
+            undo.pop_all()
+        self.vcpus = [VcpuView(self.vm, vcpu) for vcpu in self.vm.vcpus]
+
+    @property
+    def name(self) -> str:
+        return self._lock.name
+
+    # -- assembly ------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        vm = self.vm
+        low, high = layout.split_ram(self.config.memory)
+        vm.map_ram(0, low)
+        if high:
+            vm.map_ram(layout.HIGH_RAM_BASE, high)
+        self._add_interrupt_controllers()
+        self._add_timers()
+        self._add_power()
+        self._add_serial()
+        self._add_pci()
+        for gpa, table in build_acpi(self.config.cpus, high):
+            vm.memory.write(gpa, table)
+        state = load_linux(
+            vm.memory,
+            self.config.kernel,
+            self.config.initrd,
+            self.config.append,
+            low,
+            high,
+            kaslr=self.config.kaslr,
+            rsdp=layout.RSDP,
+        )
+        self._boot(state)
+
+    def _add_interrupt_controllers(self) -> None:
+        vm = self.vm
+        bootstrap = vm.vcpus[0].vlapic
+        assert isinstance(bootstrap, Vlapic)
+        self.vioapic = Vioapic(vm.apic_bus, 0, layout.IOAPIC_PINS)
+        vm.apic_bus.attach_ioapic(self.vioapic)
+        vm.mmio.attach(layout.IOAPIC_BASE, layout.IOAPIC_SIZE, self.vioapic)
+        self.vatpic = Vatpic(lambda level: bootstrap.lint(0, level))
+        vm.attach_pic(self.vatpic)
+        for port in (layout.PIC_MASTER_PORT, layout.PIC_SLAVE_PORT, layout.PIC_ELCR_PORT):
+            vm.ports.attach(port, _PIC_PORTS, self.vatpic, base=0)
+
+    def _isa_pin(self, irq: int) -> IrqPin:
+        """A new source of an ISA interrupt line, which both kinds of controller see."""
+        ioapic_pin = layout.PIT_IOAPIC_PIN if irq == layout.PIT_IRQ else irq
+        return FanOut(self.vatpic.pin(irq), self.vioapic.pin(ioapic_pin))
+
+    def _add_timers(self) -> None:
+        vm = self.vm
+        clock, timers = vm.clock, vm.timers
+        self.vatpit = Vatpit(clock, timers, self._isa_pin(layout.PIT_IRQ))
+        vm.ports.attach(layout.PIT_PORT, 4, self.vatpit, base=0)
+        vm.ports.attach(layout.PIT_NMISC_PORT, 1, self.vatpit, base=0)
+        self.vrtc = Vrtc(clock, timers, self._isa_pin(layout.RTC_IRQ))
+        vm.ports.attach(layout.RTC_PORT, 2, self.vrtc, base=0)
+        self.vhpet = Vhpet(clock, timers, vm.apic_bus, self.vioapic.pin)
+        vm.mmio.attach(layout.HPET_BASE, layout.HPET_SIZE, self.vhpet)
+        vm.ports.attach(layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE, Vpmtmr(clock))
+
+    def _add_power(self) -> None:
+        vm = self.vm
+        self.pm = PowerManagement(self._isa_pin(layout.SCI_IRQ), lambda: vm.suspend(Suspend.POWEROFF))
+        vm.ports.attach(layout.PM1_EVENT_PORT, PM1_LENGTH, self.pm)
+        vm.ports.attach(layout.GPE0_PORT, layout.GPE0_SIZE, self.pm.gpe0)
+        vm.ports.attach(layout.SMI_CMD_PORT, 1, self.pm.smi_command)
+        keyboard = I8042(self._reset)
+        vm.ports.attach(layout.KBC_DATA_PORT, 1, keyboard.data)
+        vm.ports.attach(layout.KBC_STATUS_PORT, 1, keyboard.command)
+        vm.ports.attach(layout.FAST_A20_PORT, 1, SystemControl(self._reset))
+        vm.ports.attach(layout.POST_PORT, 1, PostCode())
+
+    def _reset(self) -> None:
+        self.vm.suspend(Suspend.RESET)
+
+    def _add_serial(self) -> None:
+        vm = self.vm
+        pin = FabricPin(self._isa_pin(layout.COM1.irq), vm.lock, vm.events.call_soon)
+        self.com1 = ComPort(pin, _Watched(self.console, self.watch.write))
+        vm.ports.attach(layout.COM1.port, layout.COM_SIZE, self.com1)
+
+    def _add_pci(self) -> None:
+        vm = self.vm
+        self.pci = PciBus(_Bars(vm))
+        self.pci.add(HostBridge(), 0)
+        ports = ConfigPorts(self.pci, ResetControl(self._reset))
+        vm.ports.attach(layout.PCI_CONFIG_ADDRESS, 8, ports)
+        vm.mmio.attach(layout.PCI_ECAM_BASE, layout.PCI_ECAM_SIZE, Ecam(self.pci))
+
+    def _boot(self, state: BootState) -> None:
+        """Put the bootstrap processor into the loader's state, its local APIC as firmware leaves it."""
+        vcpu = self.vm.vcpus[0]
+        backend = vcpu.backend
+        assert isinstance(vcpu.vlapic, Vlapic)
+        vcpu.vlapic.virtual_wire()
+        for name, segment in state.segments.items():
+            backend.set_segment(name, segment)
+        backend.set_table("gdtr", state.gdt_base, state.gdt_limit)
+        backend.set_table("idtr", state.idt_base, state.idt_limit)
+        for name, value in state.registers().items():
+            backend.set(name, value)
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the console and the guest."""
+        if self.vm.state is not State.CREATED:
+            raise RuntimeError("a machine starts once; make another for another run")
+        self.console.start(self.com1.receive, self._on_quit)
+        self._started_at = time.monotonic()
+        self.vm.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait until the guest has ended; return its outcome, or None if `timeout` seconds were not enough."""
+        if not self.vm.wait(timeout):
+            return None
+        return self._finish()
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Start, wait and return the outcome; after `timeout` seconds the machine is stopped: timed-out."""
+        self.start()
+        outcome = self.wait(timeout)
+        if outcome is None:
+            self._timed_out = True
+            self.vm.suspend(Suspend.REQUEST, detail=f"stopped after {timeout:g} s")
+            outcome = self._finish()
+        return outcome
+
+    def stop(self, detail: str = "stopped from outside") -> Outcome:
+        """Stop the guest where it is and return the outcome (of a guest that had ended already: its own)."""
+        self.vm.suspend(Suspend.REQUEST, detail=detail)
+        return self._finish()
+
+    def press_power_button(self) -> bool:
+        """Ask the guest to shut down, as the button does; False if it does not listen for that."""
+        with self.vm.lock:
+            return self.pm.press_power_button()
+
+    def _finish(self) -> Outcome:
+        with self._finish_lock:
+            if self.outcome is not None:
+                return self.outcome
+            ended = self.vm.join()
+            self.com1.close()
+            self.console.stop()
+            suspended = self.vm.suspended
+            assert suspended is not None
+            seconds = max(0.0, (self._ended_at or time.monotonic()) - self._started_at) if self._started_at else 0.0
+            outcome = classify(suspended, self.watch, seconds, timed_out=self._timed_out)
+            if ended and outcome.kind in (OutcomeKind.HUNG, OutcomeKind.TIMED_OUT):
+                rip = self.vm.vcpus[max(0, suspended.vcpu)].backend.get("rip")
+                if "rip" not in outcome.detail:
+                    detail = f"{outcome.detail}; rip {rip:#x}"
+                    outcome = Outcome(outcome.kind, detail, outcome.seconds, outcome.report)
+            self.outcome = outcome
+            return outcome
+
+    def close(self) -> None:
+        """End the guest if it runs, and release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.vm.state is not State.CREATED:
+                self.stop()
+        finally:
+            self.vm.close()
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def read_memory(self, gpa: int, length: int) -> bytes:
+        """Return guest-physical memory. IndexError outside it."""
+        return self.vm.memory.read(gpa, length)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        self.vm.memory.write(gpa, data)
+
+    def statistics(self) -> dict[str, object]:
+        """Return what the run cost: exits by reason, times, the engine's own counters, what nobody claimed."""
+        vm = self.vm
+        counters: dict[str, int] = {}
+        for vcpu in vm.vcpus:
+            for name, value in vcpu.backend.counters().items():
+                counters[name] = counters.get(name, 0) + value
+        return {
+            "processor": vm.capabilities.name,
+            "exits": vm.exit_counts(),
+            "injected": sum(vcpu.injected for vcpu in vm.vcpus),
+            "guest_seconds": sum(vcpu.guest_ns for vcpu in vm.vcpus) / 1e9,
+            "handler_seconds": sum(vcpu.handler_ns for vcpu in vm.vcpus) / 1e9,
+            "engine": counters,
+            "resident_bytes": vm.memory.resident(),
+            "unclaimed_ports": {f"{port:#x}": count for port, count in sorted(vm.ports.unclaimed.items())},
+            "unclaimed_pages": {f"{page << 12:#x}": count for page, count in sorted(vm.mmio.unclaimed.items())},
+            "unknown_msrs": {
+                f"{msr:#x}": count for vcpu in vm.vcpus for msr, count in sorted(vcpu.msrs.unknown.items())
+            },
+        }
+
+    # -- what happens on other threads ---------------------------------------------------------------------------------
+
+    def _on_suspend(self, suspended: object) -> None:
+        self._ended_at = time.monotonic()
+
+    def _on_quit(self, reason: Quit) -> None:
+        self.quit_reason = reason
+        # A signal handler may have interrupted its own thread anywhere: another one does the work.
+        self.vm.events.call_soon(lambda: self.vm.suspend(Suspend.REQUEST, detail=reason.value))
+
+    def _on_panic(self, last: bool) -> None:
+        """The guest's console shows a panic: let it finish its report, then stop it unless it restarts by itself."""
+        vm = self.vm
+        delay = _PANIC_GRACE_NS // 10 if last else _PANIC_GRACE_NS
+        vm.timers.call_at(vm.clock.now() + delay, lambda: vm.suspend(Suspend.REQUEST, detail="after the guest's panic"))
+
+    quit_reason: Quit | None = None
+
+
+class _Watched:
+    """A console whose output is read along."""
+
+    def __init__(self, console: Console, write: Callable[[bytes], None]) -> None:
+        self.write = write
+        self.start = console.start
+        self.stop = console.stop
+
+
+class _Bars:
+    """Where PCI devices' BARs appear: the two buses of the VM.
+
+    A guest may put a BAR over something else: then it is not decoded, and what was there stays.
+    """
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._mapped: set[tuple[BarKind, int, int]] = set()
+
+    def map_bar(self, kind: BarKind, base: int, size: int, handler: IoHandler) -> None:
+        bus = self._vm.ports if kind is BarKind.IO else self._vm.mmio
+        with contextlib.suppress(ValueError):
+            bus.attach(base, size, handler)
+            self._mapped.add((kind, base, size))
+
+    def unmap_bar(self, kind: BarKind, base: int, size: int) -> None:
+        if (kind, base, size) in self._mapped:
+            self._mapped.remove((kind, base, size))
+            bus = self._vm.ports if kind is BarKind.IO else self._vm.mmio
+            bus.detach(base, size)

@@ -1,0 +1,85 @@
+"""Names of running VMs: a lock file each, in the user's runtime directory.
+
+The lock is flock(2)'s: it goes with its process, whatever way that ends, so a file left behind locks nothing and is
+taken over. The file's text (the holder's process id) is for people.
+"""
+
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from pyhyve.base.errors import HostError, UsageError
+
+_ATTEMPTS: Final = 16
+
+
+def runtime_directory() -> Path:
+    """Return (and make, mode 0700) the directory of this user's running VMs."""
+    configured = os.environ.get("XDG_RUNTIME_DIR", "")
+    if configured.startswith("/"):
+        path = Path(configured) / "pyhyve"
+    elif os.geteuid() == 0:
+        path = Path("/run/pyhyve")
+    else:
+        path = Path(tempfile.gettempdir()) / f"pyhyve-{os.geteuid()}"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise HostError(
+            f"cannot make {path} ({error.strerror}); set XDG_RUNTIME_DIR to a directory of your own"
+        ) from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise HostError(f"{path} is not a directory that only you can write; remove it, or set XDG_RUNTIME_DIR")
+    return path
+
+
+class NameLock:
+    """Holds a VM's name until `release()` or the end of the process. `directory` is where the VM's nodes go."""
+
+    def __init__(self, name: str, directory: Path | None = None) -> None:
+        self.name = name
+        self.directory = runtime_directory() if directory is None else directory
+        self.path = self.directory / "lock" / name
+        self._fd = -1
+        try:
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            self._fd = self._acquire()
+        except OSError as error:
+            raise HostError(f"cannot lock {self.path}: {error.strerror}") from None
+
+    def _acquire(self) -> int:
+        for _ in range(_ATTEMPTS):
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(fd, 64).decode("ascii", "replace").strip() or "another process"
+                os.close(fd)
+                raise UsageError(
+                    f"--name {self.name}: a VM of this name is running (process {holder}); "
+                    "choose another name, or stop it"
+                ) from None
+            # The last holder may have removed the file between our open and our lock.
+            if self._is_current(fd):
+                os.ftruncate(fd, 0)
+                os.write(fd, f"{os.getpid()}\n".encode())
+                return fd
+            os.close(fd)
+        raise HostError(f"cannot lock {self.path}: it keeps being replaced")
+
+    def _is_current(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        """Give the name back. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self.path.unlink(missing_ok=True)
+            os.close(fd)
