@@ -54,7 +54,7 @@ def parse_elf(data: bytes, subject: str) -> ElfKernel:
     """Return the checked kernel; `subject` begins the UsageError's text where it cannot be used."""
     try:
         return _parse(data, subject)
-    except (ELFError, AttributeError, KeyError, TypeError, ValueError):
+    except (ELFError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
         # pyelftools trusts a header's numbers and trips over bad ones in many ways.
         raise UsageError(f"{subject}: truncated or damaged: its ELF headers make no sense; get it anew") from None
 

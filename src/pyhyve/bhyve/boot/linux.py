@@ -196,7 +196,10 @@ def _plain_setup_header() -> bytes:
 
 
 def _command_line(text: str, limit: int) -> bytes:
-    encoded = text.encode(errors="surrogateescape")
+    try:
+        encoded = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise UsageError("kernel command line: holds characters that no encoding has; leave them out") from None
     limit = min(limit, layout.COMMAND_LINE_LIMIT - layout.COMMAND_LINE - 1)
     if b"\0" in encoded:
         raise UsageError("kernel command line: holds a NUL character; leave it out")

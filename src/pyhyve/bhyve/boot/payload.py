@@ -10,7 +10,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Protocol
 
 from pyhyve.base.errors import UsageError
 
@@ -29,21 +29,36 @@ class _Damaged(Exception):
     """The packed data contradicts its format."""
 
 
+class _Decoder(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: memoryview, max_length: int, /) -> bytes: ...
+
+
+def _whole(decoder: _Decoder, data: memoryview, size: int) -> bytes:
+    """Unpack up to `size` + 1 bytes. The stream's end must come: its checksum is there."""
+    output = decoder.decompress(data, size + 1)
+    if len(output) <= size and not decoder.eof:
+        raise _Damaged("it ends too early")
+    return output
+
+
 def _gzip(data: memoryview, size: int) -> bytes:
-    return zlib.decompressobj(wbits=31).decompress(data, size + 1)
+    return _whole(zlib.decompressobj(wbits=31), data, size)
 
 
 def _bzip2(data: memoryview, size: int) -> bytes:
-    return bz2.BZ2Decompressor().decompress(data, size + 1)
+    return _whole(bz2.BZ2Decompressor(), data, size)
 
 
 def _xz(data: memoryview, size: int) -> bytes:
     # The kernel's x86 branch filter is part of the stream's own description.
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_LIMIT).decompress(data, size + 1)
+    return _whole(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY_LIMIT), data, size)
 
 
 def _lzma(data: memoryview, size: int) -> bytes:
-    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MEMORY_LIMIT).decompress(data, size + 1)
+    return _whole(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_MEMORY_LIMIT), data, size)
 
 
 def _zstd(data: memoryview, size: int) -> bytes:
