@@ -550,6 +550,15 @@ cdef inline bint _is_vector(Insn* i) noexcept nogil:
     return True
 
 
+cdef inline bint _is_opmask(Insn* i) noexcept nogil:
+    """AVX-512's mask registers, in VEX encoding: not reported to guests."""
+    if i.enc != ENC_VEX:
+        return False
+    if i.map == 1:
+        return 0x41 <= i.opcode <= 0x4B or 0x90 <= i.opcode <= 0x93 or i.opcode == 0x98 or i.opcode == 0x99
+    return i.map == 3 and 0x30 <= i.opcode <= 0x33
+
+
 cdef inline bint _is_simd_66(Insn* i) noexcept nogil:
     """True if a 66 prefix selects the instruction rather than the operand size."""
     if i.map == 0:
@@ -601,6 +610,7 @@ cdef void _copy(T* t, int n) noexcept nogil:
     cdef int rm_special = -1
     cdef int vvvv_special = -1
     cdef int rex
+    cdef int rdi_for_rsp = 0
     cdef int legacy_base = 0        # memory base is rdi, for instructions that cannot have REX
     cdef int high8
     cdef int k
@@ -673,6 +683,12 @@ cdef void _copy(T* t, int n) noexcept nogil:
             if special(reg):
                 reg_special = reg
             reg = _load_operand(t, reg, &used, &spill)
+            if high8 and reg & 8:
+                # MOVZX ESP, AH: RSP's host register cannot be named together with AH
+                st_gs(e, H_RDI, OFF(&(<Vcpu*>NULL).tmp1))
+                mov_rr(e, H_RDI, reg)
+                reg = H_RDI
+                rdi_for_rsp = 1
     if i.attr & (A_RM_GPR | A_OPREG) and not mem and not (high8 and i.attr & A_RM_8):
         if special(rm) and rm == reg_special:
             rm = reg
@@ -784,6 +800,9 @@ cdef void _copy(T* t, int n) noexcept nogil:
             e1(e, i.bytes[i.imm_off + k])
 
     # 4. registers that live in memory go back
+    if rdi_for_rsp:
+        mov_rr(e, H_GSP, H_RDI)
+        ld_gs(e, H_RDI, OFF(&(<Vcpu*>NULL).tmp1))
     if legacy_base:
         ld_gs(e, H_RDI, OFF(&(<Vcpu*>NULL).tmp1))
     if reg_special >= 0:
@@ -1283,7 +1302,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                 i.cls = C_INVALID
                 i.length = 15
                 n = 15
-            if i.enc == ENC_EVEX or (i.enc == ENC_VEX and not mode & MODE_AVX and _is_vector(i)):
+            if i.enc == ENC_EVEX or _is_opmask(i) or (i.enc == ENC_VEX and not mode & MODE_AVX and _is_vector(i)):
                 i.cls = C_INVALID
             t.rips[t.n] = pc
             t.n += 1
