@@ -15,6 +15,8 @@ from pyhyve.bhyve.console.writer import BoundedWriter
 
 OUTPUT_LIMIT: Final = 256 << 10
 """What somebody who connects late is shown of the past, at most."""
+FLUSH_S: Final = 0.2
+"""Perhaps nobody reads at all."""
 
 
 def _announce(path: str) -> None:
@@ -34,7 +36,7 @@ class PtyConsole:
         termios.tcsetattr(self._slave, termios.TCSANOW, raw_attributes(termios.tcgetattr(self._slave)))
         os.set_blocking(self._master, False)
         self.path = os.ttyname(self._slave)
-        self._writer = BoundedWriter(self._master, OUTPUT_LIMIT)
+        self._writer = BoundedWriter(self._master, OUTPUT_LIMIT, flush_s=FLUSH_S)
         self._reader: InputThread | None = None
         self._open = True
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import signal
+import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -100,25 +101,28 @@ class StdioConsole:
     """
 
     def __init__(self, input_fd: int = 0, output_fd: int = 1) -> None:
-        self._in = input_fd
-        self._out = output_fd
-        self._writer = BoundedWriter(output_fd, OUTPUT_LIMIT, self._closed)
+        # Where the program was started without one, the number may by now be anything's.
+        self._in = None if input_fd == 0 and sys.__stdin__ is None else input_fd
+        nowhere = output_fd == 1 and sys.__stdout__ is None
+        self._writer = None if nowhere else BoundedWriter(output_fd, OUTPUT_LIMIT, self._closed)
         self._reader: InputThread | None = None
         self._terminal: RawTerminal | None = None
         self._escape = EscapeFilter()
         self._on_input: OnInput | None = None
         self._on_quit: OnQuit | None = None
         self._quit_sent = False
+        self._asked_by_signal = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def write(self, data: bytes) -> None:
-        self._writer.write(data)
+        if self._writer is not None:
+            self._writer.write(data)
 
     def start(self, on_input: OnInput, on_quit: OnQuit) -> None:
         self._on_input = on_input
         self._on_quit = on_quit
         may_read = None
-        if _is_terminal(self._in):
+        if self._in is not None and os.isatty(self._in):
             terminal = self._terminal = RawTerminal(self._in)
             atexit.register(terminal.end)
             may_read = terminal.enter
@@ -127,8 +131,9 @@ class StdioConsole:
             self._take_signals()
         if self._terminal is not None:
             self._terminal.enter()
-        self._writer.start()
-        if _is_open(self._in):
+        if self._writer is not None:
+            self._writer.start()
+        if self._in is not None:
             self._reader = InputThread(self._in, self._typed, self._input_ended, may_read)
             self._reader.start()
 
@@ -136,7 +141,8 @@ class StdioConsole:
         if self._reader is not None:
             self._reader.stop()
             self._reader = None
-        self._writer.stop()
+        if self._writer is not None:
+            self._writer.stop()
         if self._terminal is not None:
             self._terminal.end()
             atexit.unregister(self._terminal.end)
@@ -153,7 +159,7 @@ class StdioConsole:
             self._on_input(data)
         for command in commands:
             if command is Command.HELP:
-                self._writer.write(HELP)
+                self.write(HELP)
             else:
                 self._quit(Quit.KEY)
 
@@ -191,8 +197,12 @@ class StdioConsole:
             self._handlers = {}
 
     def _on_end_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._quit_sent:
-            self._quit(Quit.CLOSED if number == signal.SIGHUP else Quit.TERMINATED)
+        if number == signal.SIGHUP:
+            self._quit(Quit.CLOSED)  # a hangup may come twice, from the terminal and from the shell
+            return
+        if not self._asked_by_signal:
+            self._asked_by_signal = True
+            self._quit(Quit.TERMINATED)
             return
         # Asked before, and still here: go the hard way, but with the terminal in order.
         if self._terminal is not None:
@@ -211,18 +221,3 @@ class StdioConsole:
     def _on_continue_signal(self, number: int, frame: FrameType | None) -> None:
         if self._terminal is not None:
             self._terminal.enter(again=True)
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
-
-
-def _is_terminal(fd: int) -> bool:
-    try:
-        return os.isatty(fd)
-    except OSError:
-        return False

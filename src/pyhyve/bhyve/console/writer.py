@@ -20,7 +20,10 @@ class BoundedWriter:
     The descriptor stays the caller's. `on_closed` is called once, on the thread, when nobody can read any more.
     """
 
-    def __init__(self, fd: int, limit: int, on_closed: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, fd: int, limit: int, on_closed: Callable[[], None] | None = None, flush_s: float = FLUSH_S
+    ) -> None:
+        self._flush_s = flush_s
         self._fd = fd
         self._limit = limit
         self._on_closed = on_closed
@@ -58,17 +61,17 @@ class BoundedWriter:
             self._wake.set()
 
     def stop(self) -> None:
-        """Write what waits, for at most FLUSH_S seconds, and end the thread."""
+        """Write what waits, for at most `flush_s` seconds, and end the thread."""
         thread = self._thread
         if thread is None:
             return
         self._thread = None
-        self._deadline = time.monotonic() + FLUSH_S
+        self._deadline = time.monotonic() + self._flush_s
         self._stopping.set()
         self._wake.set()
         os.eventfd_write(self._wake_fd, 1)
         if thread is not threading.current_thread():
-            thread.join(FLUSH_S + 0.5)
+            thread.join(self._flush_s + 0.5)
         with self._lock:
             self._broken = True
             self._buffer.clear()
