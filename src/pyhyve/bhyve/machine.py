@@ -85,6 +85,7 @@ class Machine:
         self.config = config
         self.console = console
         self.outcome: Outcome | None = None
+        self.quit_reason: Quit | None = None
         self._started_at = 0.0
         self._ended_at = 0.0
         self._timed_out = False
@@ -216,7 +217,7 @@ class Machine:
         """Start the console and the guest."""
         if self.vm.state is not State.CREATED:
             raise RuntimeError("a machine starts once; make another for another run")
-        self.console.start(self.com1.receive, self._on_quit)
+        self.console.start(self.com1.receive, self.quit)
         self._started_at = time.monotonic()
         self.vm.start()
 
@@ -321,7 +322,8 @@ class Machine:
     def _on_suspend(self, suspended: object) -> None:
         self._ended_at = time.monotonic()
 
-    def _on_quit(self, reason: Quit) -> None:
+    def quit(self, reason: Quit) -> None:
+        """End the guest because its user, or a signal, asked for it; from any thread, also in a signal handler."""
         self.quit_reason = reason
         # A signal handler may have interrupted its own thread anywhere: another one does the work.
         self.vm.events.call_soon(lambda: self.vm.suspend(Suspend.REQUEST, detail=reason.value))
@@ -331,8 +333,6 @@ class Machine:
         vm = self.vm
         delay = _PANIC_GRACE_NS // 10 if last else _PANIC_GRACE_NS
         vm.timers.call_at(vm.clock.now() + delay, lambda: vm.suspend(Suspend.REQUEST, detail="after the guest's panic"))
-
-    quit_reason: Quit | None = None
 
 
 class _Watched:

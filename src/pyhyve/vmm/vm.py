@@ -287,7 +287,7 @@ class Vm:
         """Wait for the vCPUs' threads after the VM has stopped; False if one does not end."""
         deadline = time.monotonic() + _JOIN_S
         current = threading.current_thread()
-        for thread, vcpu in zip(self._threads, self.vcpus, strict=True):
+        for thread, vcpu in zip(self._threads, self.vcpus, strict=False):  # a start may have failed half-way
             while thread is not current and thread.is_alive() and time.monotonic() < deadline:
                 thread.join(0.2)
                 if thread.is_alive():

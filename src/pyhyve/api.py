@@ -1,0 +1,130 @@
+"""The Python API: a machine in one call, its console, its registers and memory, its outcome."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pyhyve.bhyve import config, machine
+from pyhyve.bhyve.console import CaptureConsole, Console, open_console
+from pyhyve.bhyve.machine import VcpuView
+from pyhyve.bhyve.outcome import Outcome
+
+__all__ = ["Machine", "Outcome", "VcpuView"]
+
+
+class Machine:
+    """A virtual machine that boots a Linux kernel. A context manager: leaving it ends the guest.
+
+    `memory` is bytes or text ("256M"); `console` is "capture" (see `.console`), one of the command line's ("stdio",
+    "pty", "file:PATH", "none") or an object of your own. UsageError and HostError, one line each, where it cannot be.
+    """
+
+    def __init__(
+        self,
+        kernel: str | os.PathLike[str],
+        *,
+        initrd: str | os.PathLike[str] | None = None,
+        append: str = config.DEFAULT_APPEND,
+        memory: str | int = config.DEFAULT_MEMORY,
+        cpus: int = 1,
+        console: str | Console = "capture",
+        name: str | None = None,
+        processor: str = "auto",
+        kaslr: bool = False,
+        pins: Mapping[int, frozenset[int]] | None = None,
+        hang_seconds: float = config.DEFAULT_HANG_SECONDS,
+        timing: bool = False,
+    ) -> None:
+        description = config.MachineConfig(
+            kernel=Path(kernel),
+            initrd=None if initrd is None else Path(initrd),
+            append=append,
+            memory=config.parse_size(memory, "memory") if isinstance(memory, str) else memory,
+            cpus=cpus,
+            name=name,
+            processor=processor,
+            kaslr=kaslr,
+            pins=pins or {},
+            hang_seconds=hang_seconds,
+        )
+        self._console = _console(console)
+        self._machine = machine.Machine(description, self._console, timing=timing)
+
+    @property
+    def name(self) -> str:
+        return self._machine.name
+
+    @property
+    def console(self) -> CaptureConsole:
+        """What the guest prints (`expect`, `output`) and the way to type (`send`). TypeError for another console."""
+        if not isinstance(self._console, CaptureConsole):
+            raise TypeError('only a machine made with console="capture" has its console here')
+        return self._console
+
+    @property
+    def vcpus(self) -> Sequence[VcpuView]:
+        """The virtual processors: `vcpus[0].get("rip")`."""
+        return self._machine.vcpus
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended; None before that."""
+        return self._machine.outcome
+
+    def start(self) -> None:
+        """Start the guest, and return."""
+        self._machine.start()
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait until the guest has ended; return its outcome, or None after `timeout` seconds."""
+        return self._machine.wait(timeout)
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Start the guest and return its outcome; after `timeout` seconds it is stopped and that is its outcome."""
+        return self._machine.run(timeout)
+
+    def stop(self) -> Outcome:
+        """End the guest where it is."""
+        return self._machine.stop()
+
+    def pause(self) -> None:
+        """Let the guest and its clocks stand still until `resume()`."""
+        self._machine.vm.pause()
+
+    def resume(self) -> None:
+        self._machine.vm.resume()
+
+    def press_power_button(self) -> bool:
+        """Ask the guest to shut down; False if it does not listen for that."""
+        return self._machine.press_power_button()
+
+    def read_memory(self, gpa: int, length: int) -> bytes:
+        """Return guest-physical memory. IndexError outside it."""
+        return self._machine.read_memory(gpa, length)
+
+    def write_memory(self, gpa: int, data: bytes) -> None:
+        self._machine.write_memory(gpa, data)
+
+    def statistics(self) -> dict[str, object]:
+        """Return exits by reason, times, the processor's counters, and what the guest touched in vain."""
+        return self._machine.statistics()
+
+    def close(self) -> None:
+        """End the guest if it runs, and release everything. Idempotent."""
+        self._machine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _console(console: str | Console) -> Console:
+    if not isinstance(console, str):
+        return console
+    return CaptureConsole() if console == "capture" else open_console(console)

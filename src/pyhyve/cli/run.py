@@ -1,0 +1,95 @@
+"""pyhyve run: boot a Linux kernel."""
+
+from pathlib import Path
+from typing import Final
+
+from pyhyve.base.errors import UsageError
+from pyhyve.cli.parser import Namespace, Parser
+
+SUMMARY: Final = "Boot a Linux kernel in a virtual machine."
+
+_STATUSES: Final = """\
+exit status:
+  0 powered off (or left with Ctrl-A x)   3 rebooted      6 panicked
+  1 error in pyhyve                       4 halted        7 hung: no progress
+  2 what you asked for cannot be          5 triple fault  124 timed out
+  130, 143, 129: ended by SIGINT, SIGTERM, SIGHUP"""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.epilog = _STATUSES
+    parser.add_argument("--kernel", metavar="FILE", type=Path, help="bzImage or ELF vmlinux")
+    parser.add_argument("--initrd", metavar="FILE", type=Path, help="initial RAM disk")
+    parser.add_argument("--append", metavar="STR", default="console=ttyS0", help="kernel command line (%(default)s)")
+    parser.add_argument("-c", "--cpus", metavar="N", default="1", help="virtual processors (%(default)s)")
+    parser.add_argument("-m", "--memory", metavar="SIZE", default="256M", help="memory (%(default)s)")
+    parser.add_argument(
+        "-p", "--pin", metavar="VCPU:CPU", action="append", default=[], help="pin a vCPU to a host CPU; may be repeated"
+    )
+    parser.add_argument("--name", metavar="NAME", help="the VM's name; two of one name do not run together")
+    parser.add_argument(
+        "--processor", choices=("auto", "bt", "kvm"), default="auto", help="bt: software; kvm: the host's"
+    )
+    parser.add_argument(
+        "--console", metavar="WHERE", default="stdio", help="stdio, pty, file:PATH or none (%(default)s)"
+    )
+    parser.add_argument("--kaslr", action="store_true", help="let the kernel unpack itself, at a random address")
+    parser.add_argument("--timeout", metavar="SECONDS", help="stop the guest after this long")
+    parser.add_argument(
+        "--hang",
+        metavar="SECONDS",
+        default="20",
+        help="a spin without an exit this long is a hang; 0: never (%(default)s)",
+    )
+    parser.add_argument("--stats", action="store_true", help="print exits, times and counters at the end")
+    parser.add_argument(
+        "--json", action="store_true", help="print the outcome as a line of JSON, the last of the output"
+    )
+
+
+def seconds(text: str, option: str) -> float:
+    """Return a number of seconds, 0 or more. UsageError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise UsageError(f"{option} {text}: not a time; write a number of seconds")
+    return value
+
+
+def run(arguments: Namespace) -> int:
+    if arguments.kernel is None:
+        raise UsageError("--kernel: missing; name a kernel, or try 'pyhyve demo', which gets one")
+    timeout = None
+    if arguments.timeout is not None:
+        timeout = seconds(arguments.timeout, "--timeout")
+    hang = seconds(arguments.hang, "--hang")
+    try:
+        cpus = int(arguments.cpus)
+    except ValueError:
+        raise UsageError(f"-c {arguments.cpus}: not a number; write how many processors, for instance -c 2") from None
+
+    from pyhyve.bhyve.config import MachineConfig, parse_pin, parse_size
+    from pyhyve.bhyve.console import open_console
+    from pyhyve.cli.session import run_machine
+
+    pins: dict[int, frozenset[int]] = {}
+    for text in arguments.pin:
+        vcpu, cpu = parse_pin(text)
+        pins[vcpu] = pins.get(vcpu, frozenset()) | {cpu}
+    config = MachineConfig(
+        kernel=arguments.kernel,
+        initrd=arguments.initrd,
+        append=arguments.append,
+        memory=parse_size(arguments.memory),
+        cpus=cpus,
+        name=arguments.name,
+        processor=arguments.processor,
+        kaslr=arguments.kaslr,
+        pins=pins,
+        hang_seconds=hang,
+    )
+    return run_machine(
+        config, open_console(arguments.console), timeout=timeout, statistics=arguments.stats, as_json=arguments.json
+    )

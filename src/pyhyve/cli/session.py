@@ -1,0 +1,90 @@
+"""One machine run from the command line: signals, the line that tells the outcome, JSON, statistics, exit status."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+from pyhyve.bhyve.config import MachineConfig
+from pyhyve.bhyve.console import Console, Quit
+from pyhyve.bhyve.console.stdio import StdioConsole
+from pyhyve.bhyve.machine import Machine
+from pyhyve.bhyve.outcome import Outcome, OutcomeKind
+
+_QUIT_STATUS: Final = {Quit.KEY: 0, Quit.CLOSED: 129, Quit.TERMINATED: 143}
+
+
+def run_machine(
+    config: MachineConfig,
+    console: Console,
+    *,
+    timeout: float | None = None,
+    statistics: bool = False,
+    as_json: bool = False,
+) -> int:
+    """Build the machine, run it to its end, tell how it ended; return the exit status."""
+    with Machine(config, console, timing=statistics) as machine:
+        with _signals(machine, console):
+            outcome = machine.run(timeout)
+        figures = machine.statistics() if statistics else None
+        status = outcome.exit_status
+        if outcome.kind is OutcomeKind.STOPPED and machine.quit_reason is not None:
+            status = _QUIT_STATUS[machine.quit_reason]
+    if as_json:
+        _print_json(machine.name, outcome, figures, status)
+    else:
+        _print_outcome(outcome, figures)
+    return status
+
+
+@contextmanager
+def _signals(machine: Machine, console: Console) -> Iterator[None]:
+    """SIGTERM and SIGHUP end the machine in order (a console on the terminal sees to that itself)."""
+    if isinstance(console, StdioConsole):
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        machine.quit(Quit.CLOSED if number == signal.SIGHUP else Quit.TERMINATED)
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | None, status: int) -> None:
+    document: dict[str, object] = {"name": name, **outcome.to_json(), "exit_status": status}
+    if figures is not None:
+        document["statistics"] = figures
+    print(json.dumps(document), flush=True)
+
+
+def _print_outcome(outcome: Outcome, figures: Mapping[str, object] | None) -> None:
+    if figures is not None:
+        print(_table(figures), file=sys.stderr)
+    print(f"pyhyve: {outcome}", file=sys.stderr)
+    if outcome.report:
+        print(outcome.report, file=sys.stderr)
+
+
+def _table(figures: Mapping[str, Any], indent: str = "") -> str:
+    """Return nested figures as aligned lines."""
+    lines = []
+    for name, value in figures.items():
+        label = f"{indent}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            if value:
+                lines += [f"{label}:", _table(value, indent + "  ")]
+        elif isinstance(value, float):
+            lines.append(f"{label:<34}{value:>16,.6f}")
+        elif isinstance(value, int):
+            lines.append(f"{label:<34}{value:>16,}")
+        else:
+            lines.append(f"{label:<34}{value:>16}")
+    return "\n".join(lines)
