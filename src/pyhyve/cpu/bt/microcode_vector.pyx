@@ -1,0 +1,370 @@
+# cython: language_level=3
+"""FXSAVE, XSAVE and their kin, FNSAVE and FNSTENV, MASKMOVQ and MASKMOVDQU.
+
+The guest's x87 and vector state is live in the host's registers while this runs, so the host's own instruction does
+the work, on a bounce buffer of ours; images from the guest are checked before, so that it cannot fault. Instruction
+and data pointers of the x87 unit would be host addresses: they are cleared in every image. Source: Intel SDM vol 1,
+"Managing State Using the XSAVE Feature Set".
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyhyve.cpu.bt.decode cimport *
+from pyhyve.cpu.bt.microcode_ops cimport *
+from pyhyve.cpu.bt.mmu cimport bt_fill, mmu_probe_write, mmu_read, mmu_write
+from pyhyve.cpu.bt.state cimport *
+
+cdef extern from *:
+    """
+    #define BT_XSTATE(insn, at, mask) \\
+        __asm__ __volatile__(insn " (%0)" : : "r"(at), "a"((uint32_t)(mask)), "d"((uint32_t)((mask) >> 32)) : "memory")
+    static inline void bt_xsave(uint64_t at, uint64_t mask) { BT_XSTATE("xsave64", at, mask); }
+    static inline void bt_xsavec(uint64_t at, uint64_t mask) { BT_XSTATE("xsavec64", at, mask); }
+    static inline void bt_xrstor(uint64_t at, uint64_t mask) { BT_XSTATE("xrstor64", at, mask); }
+    #define BT_AT(insn, at) __asm__ __volatile__(insn " (%0)" : : "r"(at) : "memory")
+    static inline void bt_fxsave(uint64_t at) { BT_AT("fxsave64", at); }
+    static inline void bt_fxrstor(uint64_t at) { BT_AT("fxrstor64", at); }
+    static inline void bt_fnstenv(uint64_t at) { BT_AT("fnstenv", at); }
+    static inline void bt_fnstenv16(uint64_t at) { BT_AT("data16 fnstenv", at); }
+    static inline void bt_fldenv(uint64_t at) { BT_AT("fldenv", at); }
+    static inline void bt_fldenv16(uint64_t at) { BT_AT("data16 fldenv", at); }
+    static inline void bt_fnsave(uint64_t at) { BT_AT("fnsave", at); }
+    static inline void bt_fnsave16(uint64_t at) { BT_AT("data16 fnsave", at); }
+    static inline void bt_frstor(uint64_t at) { BT_AT("frstor", at); }
+    static inline void bt_frstor16(uint64_t at) { BT_AT("data16 frstor", at); }
+    static inline void bt_ldmxcsr(uint64_t at) { BT_AT("ldmxcsr", at); }
+    static inline void bt_stmxcsr(uint64_t at) { BT_AT("stmxcsr", at); }
+    #define BT_REG(insn, n) case n: __asm__ __volatile__(insn #n ", (%0)" : : "r"(at) : "memory"); break;
+    static inline void bt_get_xmm(int reg, uint64_t at) {
+        switch (reg) {
+        BT_REG("movups %%xmm", 0) BT_REG("movups %%xmm", 1) BT_REG("movups %%xmm", 2) BT_REG("movups %%xmm", 3)
+        BT_REG("movups %%xmm", 4) BT_REG("movups %%xmm", 5) BT_REG("movups %%xmm", 6) BT_REG("movups %%xmm", 7)
+        BT_REG("movups %%xmm", 8) BT_REG("movups %%xmm", 9) BT_REG("movups %%xmm", 10) BT_REG("movups %%xmm", 11)
+        BT_REG("movups %%xmm", 12) BT_REG("movups %%xmm", 13) BT_REG("movups %%xmm", 14) BT_REG("movups %%xmm", 15)
+        }
+    }
+    static inline void bt_get_mm(int reg, uint64_t at) {
+        switch (reg) {
+        BT_REG("movq %%mm", 0) BT_REG("movq %%mm", 1) BT_REG("movq %%mm", 2) BT_REG("movq %%mm", 3)
+        BT_REG("movq %%mm", 4) BT_REG("movq %%mm", 5) BT_REG("movq %%mm", 6) BT_REG("movq %%mm", 7)
+        }
+    }
+    static inline void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out) {
+        __asm__ __volatile__("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(sub));
+    }
+    """
+    void bt_xsave(uint64_t at, uint64_t mask) noexcept nogil
+    void bt_xsavec(uint64_t at, uint64_t mask) noexcept nogil
+    void bt_xrstor(uint64_t at, uint64_t mask) noexcept nogil
+    void bt_fxsave(uint64_t at) noexcept nogil
+    void bt_fxrstor(uint64_t at) noexcept nogil
+    void bt_fnstenv(uint64_t at) noexcept nogil
+    void bt_fnstenv16(uint64_t at) noexcept nogil
+    void bt_fldenv(uint64_t at) noexcept nogil
+    void bt_fldenv16(uint64_t at) noexcept nogil
+    void bt_fnsave(uint64_t at) noexcept nogil
+    void bt_fnsave16(uint64_t at) noexcept nogil
+    void bt_frstor(uint64_t at) noexcept nogil
+    void bt_frstor16(uint64_t at) noexcept nogil
+    void bt_ldmxcsr(uint64_t at) noexcept nogil
+    void bt_stmxcsr(uint64_t at) noexcept nogil
+    void bt_get_xmm(int reg, uint64_t at) noexcept nogil
+    void bt_get_mm(int reg, uint64_t at) noexcept nogil
+    void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t* out) noexcept nogil
+
+cdef enum:
+    HEADER = 512             # XSAVE header: XSTATE_BV, XCOMP_BV, reserved
+    EXTENDED = 576
+    FIP = 8                  # FIP and FDP in the legacy area: 16 bytes
+    MXCSR = 24
+    COMPONENTS = 8           # x87 SSE AVX - - opmask ZMM_Hi256 Hi16_ZMM: as many as XCR0 can have here
+
+# The host's layout of the state components, which is the guest's too.
+cdef uint32_t component_size[COMPONENTS]
+cdef uint32_t component_offset[COMPONENTS]
+cdef uint32_t component_align[COMPONENTS]
+
+
+cdef void learn_layout() noexcept nogil:
+    cdef uint32_t out[4]
+    cdef int k
+    for k in range(2, COMPONENTS):
+        bt_host_cpuid(0xD, k, out)
+        component_size[k] = out[0]
+        component_offset[k] = out[1]
+        component_align[k] = out[2] & 2
+
+
+learn_layout()
+
+
+cdef uint32_t standard_size(uint64_t mask) noexcept nogil:
+    """Bytes of a standard-format image up to the last component of `mask`."""
+    cdef uint32_t size = EXTENDED
+    cdef int k
+    for k in range(2, COMPONENTS):
+        if (mask >> k) & 1 and component_offset[k] + component_size[k] > size:
+            size = component_offset[k] + component_size[k]
+    return size
+
+
+cdef uint32_t compact_size(uint64_t mask) noexcept nogil:
+    """Bytes of a compacted image whose XCOMP_BV is `mask`."""
+    cdef uint32_t size = EXTENDED
+    cdef int k
+    for k in range(2, COMPONENTS):
+        if (mask >> k) & 1:
+            if component_align[k]:
+                size = (size + 63) & ~<uint32_t>63
+            size += component_size[k]
+    return size
+
+
+cdef inline uint64_t bounce(Vcpu* v) noexcept nogil:
+    return (<uint64_t>v.xsave_bounce + 63) & ~<uint64_t>63
+
+
+cdef inline void hide_pointers(uint64_t at) noexcept nogil:
+    (<uint64_t*>(at + FIP))[0] = 0
+    (<uint64_t*>(at + FIP + 8))[0] = 0
+
+
+cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint64_t* lin) noexcept nogil:
+    cdef int r = linear(v, i.seg, effective(v, i), size, access, lin)
+    if r == R_OK and lin[0] & (align - 1):
+        return gp0(v)
+    return r
+
+
+cdef int fxsave(Vcpu* v, Insn* i) noexcept nogil:
+    """Bytes from 416 on are the program's own; in 32-bit modes XMM8-15 are not stored either."""
+    cdef uint64_t at = bounce(v)
+    cdef uint64_t lin = 0
+    cdef int r
+    if v.cr0 & CR0_EM:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    r = operand(v, i, 512, ACCESS_WRITE, 16, &lin)
+    if r != R_OK:
+        return r
+    bt_fxsave(at)
+    hide_pointers(at)
+    r = mmu_write(v, lin, <void*>at, 416 if is64(v) else 288, v.bank)
+    return r if r != R_OK else advance(v, i)
+
+
+cdef int fxrstor(Vcpu* v, Insn* i) noexcept nogil:
+    cdef uint64_t at = bounce(v)
+    cdef uint64_t lin = 0
+    cdef int r
+    if v.cr0 & CR0_EM:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    r = operand(v, i, 512, ACCESS_READ, 16, &lin)
+    if r != R_OK:
+        return r
+    bt_fxsave(at)                                 # what the image does not hold stays
+    r = mmu_read(v, lin, <void*>at, 512 if is64(v) else 288, v.bank)
+    if r != R_OK:
+        return r
+    if (<uint32_t*>(at + MXCSR))[0] >> 16:
+        return gp0(v)
+    bt_fxrstor(at)
+    return advance(v, i)
+
+
+cdef int xsave(Vcpu* v, Insn* i, bint compact) noexcept nogil:
+    """XSAVE, XSAVEOPT and XSAVEC. XSAVEOPT is done as XSAVE: the host's own memory of what was loaded from where would
+    be about the bounce buffer. What the instruction leaves alone is read first and written back."""
+    cdef uint64_t at = bounce(v)
+    cdef uint64_t mask = ((v.gpr[RDX] << 32) | (v.gpr[RAX] & 0xFFFFFFFFULL)) & v.xcr0
+    cdef uint32_t size = compact_size(mask) if compact else standard_size(mask)
+    cdef uint64_t lin = 0
+    cdef int r
+    if not v.cr4 & CR4_OSXSAVE:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    r = operand(v, i, size, ACCESS_WRITE, 64, &lin)
+    if r == R_OK:
+        r = mmu_read(v, lin, <void*>at, size, v.bank)
+    if r != R_OK:
+        return r
+    if compact:
+        bt_xsavec(at, mask)
+    else:
+        bt_xsave(at, mask)
+    if mask & 1:
+        hide_pointers(at)
+    r = mmu_write(v, lin, <void*>at, size, v.bank)
+    return r if r != R_OK else advance(v, i)
+
+
+cdef int xrstor(Vcpu* v, Insn* i) noexcept nogil:
+    cdef uint64_t at = bounce(v)
+    cdef uint64_t mask = ((v.gpr[RDX] << 32) | (v.gpr[RAX] & 0xFFFFFFFFULL)) & v.xcr0
+    cdef uint64_t* header = <uint64_t*>(at + HEADER)
+    cdef uint64_t lin = 0
+    cdef uint64_t have, form
+    cdef uint32_t size
+    cdef int k, r
+    if not v.cr4 & CR4_OSXSAVE:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    r = operand(v, i, EXTENDED, ACCESS_READ, 64, &lin)
+    if r == R_OK:
+        r = mmu_read(v, lin, <void*>at, EXTENDED, v.bank)
+    if r != R_OK:
+        return r
+    have = header[0]
+    form = header[1]
+    if form >> 63:
+        form &= ~(<uint64_t>1 << 63)
+        for k in range(2, 8):
+            if header[k]:
+                return gp0(v)
+        if form & ~v.xcr0 or have & ~form:
+            return gp0(v)
+        size = compact_size(form)
+    else:
+        if have & ~v.xcr0 or form or header[2]:
+            return gp0(v)
+        size = standard_size(have & mask)
+    if mask & 6 and (<uint32_t*>(at + MXCSR))[0] >> 16:
+        return gp0(v)
+    if size > EXTENDED:
+        r = linear(v, i.seg, effective(v, i), size, ACCESS_READ, &lin)
+        if r == R_OK:
+            r = mmu_read(v, lin + EXTENDED, <void*>(at + EXTENDED), size - EXTENDED, v.bank)
+        if r != R_OK:
+            return r
+    bt_xrstor(at, mask)
+    return advance(v, i)
+
+
+cdef int mxcsr(Vcpu* v, Insn* i) noexcept nogil:
+    """LDMXCSR, STMXCSR, where they are not run natively."""
+    cdef uint64_t at = bounce(v)
+    cdef int r
+    if v.cr0 & CR0_EM or not v.cr4 & CR4_OSFXSR:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    if i.reg & 7 == 3:
+        bt_stmxcsr(at)
+        r = write_mem(v, i, 4, <void*>at)
+        return r if r != R_OK else advance(v, i)
+    r = read_mem(v, i, 4, <void*>at)
+    if r != R_OK:
+        return r
+    if (<uint32_t*>at)[0] >> 16:
+        return gp0(v)
+    bt_ldmxcsr(at)
+    return advance(v, i)
+
+
+cdef int group15(Vcpu* v, Insn* i) noexcept nogil:
+    """0F AE with a memory operand."""
+    cdef int op = i.reg & 7
+    if op == 0:
+        return fxsave(v, i)
+    if op == 1:
+        return fxrstor(v, i)
+    if op == 2 or op == 3:
+        return mxcsr(v, i)
+    if op == 4 or op == 6:
+        return xsave(v, i, False)
+    if op == 5:
+        return xrstor(v, i)
+    return undefined(v)
+
+
+cdef int xsavec(Vcpu* v, Insn* i) noexcept nogil:
+    """0F C7 /4; XSAVES and XRSTORS (/5, /3) are not offered."""
+    if i.reg & 7 == 4:
+        return xsave(v, i, True)
+    return undefined(v)
+
+
+cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
+    """FLDENV (D9 /4), FNSTENV (D9 /6), FRSTOR (DD /4), FNSAVE (DD /6), in the 14- and 28-byte layouts of protected
+    mode. The image has no pointers, so real mode's layout differs only in an opcode field that is zero too."""
+    cdef bint small = operand_size(v, i) == 2
+    cdef bint whole = i.opcode == 0xDD
+    cdef bint load = i.reg & 7 == 4
+    cdef uint32_t head = 14 if small else 28
+    cdef uint32_t size = head + (80 if whole else 0)
+    cdef uint64_t at = bounce(v)
+    cdef uint64_t lin = 0
+    cdef int r
+    if v.cr0 & (CR0_EM | CR0_TS):
+        return fault(v, NM)
+    r = operand(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 1, &lin)
+    if r != R_OK:
+        return r
+    if load:
+        r = mmu_read(v, lin, <void*>at, size, v.bank)
+        if r != R_OK:
+            return r
+        if whole:
+            if small:
+                bt_frstor16(at)
+            else:
+                bt_frstor(at)
+        elif small:
+            bt_fldenv16(at)
+        else:
+            bt_fldenv(at)
+        return advance(v, i)
+    r = mmu_probe_write(v, lin, size, v.bank)     # storing changes the unit: nothing may fault behind it
+    if r != R_OK:
+        return r
+    if whole:
+        if small:
+            bt_fnsave16(at)
+        else:
+            bt_fnsave(at)
+    elif small:
+        bt_fnstenv16(at)
+    else:
+        bt_fnstenv(at)
+    bt_fill(<void*>(at + (6 if small else 12)), 0, 8 if small else 16)
+    r = mmu_write(v, lin, <void*>at, size, v.bank)
+    return r if r != R_OK else advance(v, i)
+
+
+cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
+    """MASKMOVQ, MASKMOVDQU, VMASKMOVDQU (0F F7): bytes of reg to DS:rDI where rm's bytes have bit 7."""
+    cdef uint8_t data[16]
+    cdef uint8_t mask[16]
+    cdef uint64_t base = v.gpr[RDI] & size_mask(i.addrsize)
+    cdef uint64_t lin = 0
+    cdef int n = 16 if i.prefixes & P_66 else 8
+    cdef int k, r
+    if v.cr0 & CR0_EM:
+        return undefined(v)
+    if v.cr0 & CR0_TS:
+        return fault(v, NM)
+    if n == 16:
+        bt_get_xmm(i.reg & 15, <uint64_t>data)
+        bt_get_xmm(i.rm & 15, <uint64_t>mask)
+    else:
+        bt_get_mm(i.reg & 7, <uint64_t>data)
+        bt_get_mm(i.rm & 7, <uint64_t>mask)
+    r = linear(v, i.seg, base, n, ACCESS_WRITE, &lin)
+    if r != R_OK:
+        return r
+    for k in range(n):
+        if mask[k] & 0x80:
+            r = mmu_probe_write(v, lin + k, 1, v.bank)
+            if r != R_OK:
+                return r
+    for k in range(n):
+        if mask[k] & 0x80:
+            r = mmu_write(v, lin + k, &data[k], 1, v.bank)
+            if r != R_OK:
+                return r
+    return advance(v, i)
