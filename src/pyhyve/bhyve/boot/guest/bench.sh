@@ -1,18 +1,22 @@
 #!/bin/busybox sh
 # The workloads of pyhyve's benchmark, each timed where it runs. The same file runs in the guest and on the host:
 #   busybox sh bench.sh [all | NAME...]
-# For each workload it prints "BENCH name seconds", and "CHECK name digest" of the output, which is the same wherever
-# the same busybox runs rightly. Everything is done by this shell's own busybox.
+# For each workload it prints "RUN name" as the clock starts, "BENCH name seconds" when it has stopped, and "CHECK name
+# digest" of the output, which is the same wherever the same busybox runs rightly. Everything is done by this shell's
+# own busybox.
 
 busybox=$(readlink /proc/$$/exe)
 dir=$(mktemp -d "${TMPDIR:-/tmp}/bench.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 
-# Seconds since some fixed time. `ts` gives microseconds; without it there are the uptime's hundredths.
-if [ -n "$(echo | "$busybox" ts %.s 2>/dev/null)" ]; then
-	now() { echo | "$busybox" ts %.s; }
+# Sets `clock` to the seconds since some fixed time. The shell's own variable has microseconds and needs no process that
+# would be timed along; without it there is `ts`, and without that the uptime's hundredths.
+if [ -n "$EPOCHREALTIME" ]; then
+	read_clock() { clock=$EPOCHREALTIME; }
+elif [ -n "$(echo | "$busybox" ts %.s 2>/dev/null)" ]; then
+	read_clock() { clock=$(echo | "$busybox" ts %.s); }
 else
-	now() { read -r up _ </proc/uptime && echo "$up"; }
+	read_clock() { read -r clock _ </proc/uptime; }
 fi
 
 # Each workload has a preparation, which is not timed, and a body, whose output is kept.
@@ -75,10 +79,12 @@ for name in $*; do
 	esac
 	: >"$dir/in"
 	case $name in sha256sum | gzip) "prepare_$name" ;; esac
-	start=$(now)
+	echo "RUN $name"
+	read_clock
+	start=$clock
 	"bench_$name" >"$dir/out"
-	end=$(now)
-	"$busybox" awk "BEGIN { printf \"BENCH $name %.6f\\n\", $end - $start }"
+	read_clock
+	"$busybox" awk "BEGIN { printf \"BENCH $name %.6f\\n\", $clock - $start }"
 	echo "CHECK $name $("$busybox" md5sum <"$dir/out" | "$busybox" cut -c 1-32)"
 done
 exit $status
