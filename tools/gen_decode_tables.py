@@ -238,10 +238,14 @@ def operand_size(insn: Instruction, name: str, cls: int, kinds: list[str], effec
         return 8
     if kinds and kinds[0] in BYTE_KINDS:
         return 1
-    if name in ("IN", "OUT") and "AL" in kinds:
-        return 1
+    if name in ("IN", "OUT"):
+        return 1 if "AL" in kinds else min(effective, 4)
     if kinds and kinds[0] == "MEM_OFFS" and "AL" in kinds:
         return 1
+    # where the encoding names a general register, its size: 66 may be no operand size at all (MOVD, PEXTRW, CRC32)
+    for kind in kinds:
+        if kind.startswith(("R16_", "R32_", "R64_")):
+            return int(kind[1:3]) // 8
     return effective
 
 
@@ -296,6 +300,8 @@ def leaf_of(insn: Instruction, *, effective: int, mode: int, memory: bool, imm: 
             attr |= A_NO_ACCESS
         else:
             width = size_of(insn)
+            if not width and cls != C_SYSTEM:
+                raise ValueError(f"{insn}: accesses memory of unknown size")
         if name in ("CLFLUSH", "CLFLUSHOPT", "CLWB"):
             access, width, attr = M_READ, 1, attr & ~A_NO_ACCESS
         if name in ("BT", "BTS", "BTR", "BTC") and attr & A_REG_GPR:

@@ -358,10 +358,10 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
     if check & K_NOMEM and reg > 7 and (reg > 8 or opcode & 1):
         bad = True
     if enc != ENC_LEGACY:
-        if not is64:
-            vvvv &= 7
         if check & K_VVVV and (vvvv or (v_high and not attr & A_VSIB)):
             bad = True
+        if not is64:
+            vvvv &= 7
         if check & K_KREG and (reg & 8 or r_high):
             bad = True
         if check & K_VVVVK and vvvv > 7:
