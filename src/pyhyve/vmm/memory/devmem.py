@@ -72,7 +72,9 @@ class Devmem:
     def create(self, name: str, size: int) -> Segment:
         """Make a zeroed segment; one of the same name and size is returned as it is.
 
-        OSError: EEXIST if it has another size; EINVAL for a bad name, a size of 0 or not of whole pages.
+        OSError: EEXIST if it has another size; EINVAL for a bad name, a size of 0 or not of whole pages; what the host
+        says if it cannot make the node, or has no room for it (all of it is taken now: a full file system would
+        otherwise be a fatal signal at some later access).
         """
         if not _NAME.fullmatch(name):
             raise _invalid(f"devmem {name!r}: a name is 1-63 letters, digits, '_', '.' or '-'")
@@ -87,7 +89,11 @@ class Devmem:
         node.unlink(missing_ok=True)
         fd = os.open(node, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.ftruncate(fd, size)
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as error:
+                text = f"devmem {name}: cannot take {size:#x} bytes at {node}: {error.strerror}"
+                raise OSError(error.errno, text) from error
             arena = Arena(fd, size)
         except BaseException:
             os.close(fd)

@@ -63,8 +63,9 @@ class Pmap:
         self.eptgen = 1
         self.lock = threading.RLock()
         self.activity = GuestActivity(lambda: self.eptgen, kick)
-        self.counters = dict.fromkeys(("enters", "superpages", "promotions", "demotions", "emulations"), 0)
-        self.invalidations = 0
+        self.counters = dict.fromkeys(
+            ("enters", "superpages", "promotions", "demotions", "emulations", "invalidations"), 0
+        )
         self._kick = kick
         self._harvest = harvest
         self._v = pte.pmap_valid_bit(self)
@@ -75,7 +76,7 @@ class Pmap:
         self._exec = pte.pmap_exec_bits(self)
         self._rights = [pte.pmap_protection_bits(self, prot) for prot in range(8)]
         self._cache = [pte.pmap_cache_bits(self, uncached=uncached) for uncached in (False, True)]
-        self._table = pte.pmap_table_bits(self)
+        self._table_bits = pte.pmap_table_bits(self)
         self._tables = TablePages(reserve)
         self._words = self._tables.words
         self._base = self._tables.base
@@ -116,7 +117,7 @@ class Pmap:
         """The one way to invalidate: a new generation, seen at the next entry, and a kick to those inside now."""
         with self.lock:
             self.eptgen += 1
-            self.invalidations += 1
+            self.counters["invalidations"] += 1
         self._kick()
 
     # Looking.
@@ -213,9 +214,11 @@ class Pmap:
 
         True: the mapping now lets the access pass (no flush: nothing was taken away).
         """
+        if not self._emulate:
+            return False
         with self.lock:
             slot, entry, _ = self._leaf(gpa)
-            if not self._emulate or not self._allows(entry, access):
+            if not self._allows(entry, access):
                 return False
             self._words[slot] = entry | self._touch(access)
             self.counters["emulations"] += 1
@@ -409,7 +412,7 @@ class Pmap:
             entry: int = words[slot]
             if not entry & valid:
                 child = self._new_table()
-                words[slot] = child | self._table
+                words[slot] = child | self._table_bits
                 self._count[table] += 1
                 table = child
             else:
@@ -526,5 +529,5 @@ class Pmap:
         index = (table - self._base) >> 3
         self._words[index : index + ENTRIES] = memoryview(array("Q", range(first, first + (1 << shift), 1 << below)))
         self._count[table] = ENTRIES
-        self._words[slot] = table | self._table
+        self._words[slot] = table | self._table_bits
         self.counters["demotions"] += 1

@@ -1,8 +1,8 @@
 """The pages that page tables are made of.
 
-A vCPU's walker reads them from another thread, without the GIL. So an entry is written by one aligned 8-byte store (an
-item of `words`), a table is filled before its parent points to it, and a table taken out of the tree is not used again
-before every vCPU that may still hold a pointer to it has flushed.
+A vCPU's walker reads them from another thread, without the GIL. So an entry is written by one aligned 8-byte store
+(which assigning an item of `words` is), a table is filled before its parent points to it, and a table taken out of the
+tree is not used again before every vCPU that may still hold a pointer to it has flushed.
 """
 
 from array import array

@@ -5,7 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pyhyve.vmm.memory.object import VmObject
-from pyhyve.vmm.memory.page import MAX_GPA, check_pages
+from pyhyve.vmm.memory.page import MAX_GPA, PROT_READ, check_pages
+
+
+def _check_prot(prot: int) -> None:
+    """No page table can express memory that is written or executed but not read."""
+    if not prot & PROT_READ:
+        raise ValueError(f"map entry: protection {prot:#x} does not let the guest read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +56,7 @@ class VmMap:
         return [entry for entry in entries[first:last] if entry.end > start]
 
     def insert(self, entry: MapEntry) -> None:
-        """Add an entry. ValueError if it is empty, unaligned, beyond reach, beyond its object, or overlaps."""
+        """Add an entry. ValueError if it is empty, unaligned, beyond reach or its object, unreadable, or overlaps."""
         check_pages("map entry", entry.start, entry.end, entry.offset)
         size = entry.end - entry.start
         if size <= 0 or entry.end > MAX_GPA:
@@ -59,8 +65,7 @@ class VmMap:
             raise ValueError(
                 f"map entry: {size:#x} bytes at offset {entry.offset:#x} of an object of {entry.object.size:#x}"
             )
-        if not entry.prot:
-            raise ValueError("map entry: a protection that allows nothing")
+        _check_prot(entry.prot)
         for other in self.overlapping(entry.start, entry.end):
             raise ValueError(f"map entry: {entry.start:#x}-{entry.end:#x} overlaps {other.start:#x}-{other.end:#x}")
         self._set([*self, entry])
@@ -76,7 +81,8 @@ class VmMap:
         return dropped
 
     def protect(self, start: int, end: int, prot: int) -> None:
-        """Set the protection of what lies in a range."""
+        """Set the protection of what lies in a range. ValueError if nobody could read it."""
+        _check_prot(prot)
         self._change(start, end, lambda entry: replace(entry, prot=prot))
 
     def wire(self, start: int, end: int, wired: bool) -> None:

@@ -111,9 +111,7 @@ class Vmspace:
                     target.discard()
 
     def protect(self, gpa: int, size: int, prot: int) -> None:
-        """Set the protection of the memory in a range (not 0: that is `unmap`)."""
-        if not prot:
-            raise ValueError("vmspace: a protection that allows nothing")
+        """Set the protection of the memory in a range. ValueError without PROT_READ."""
         with self._lock:
             self.map.protect(gpa, gpa + size, prot)
             self.pmap.protect(gpa, size, prot)

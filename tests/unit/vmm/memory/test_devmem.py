@@ -60,6 +60,16 @@ def test_a_segment_that_cannot_be_is_refused(devmem, tmp_path, name, size):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_file_system_is_told_at_once_and_leaves_no_node(devmem, tmp_path, monkeypatch):
+    def full(fd, offset, length):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with refused(errno.ENOSPC):
+        devmem.create("fb", PAGE_SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.seed("S1")
 def test_an_unknown_segment_is_refused(devmem):
     with refused(errno.EINVAL):

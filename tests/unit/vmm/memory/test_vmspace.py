@@ -207,6 +207,13 @@ def test_protection_can_fall_and_rise(space):
     assert touch(space, 0x5000, PROT_WRITE)
 
 
+@pytest.mark.parametrize("prot", [0, PROT_WRITE, PROT_EXEC])
+def test_memory_that_cannot_be_read_is_refused(space, prot):
+    with pytest.raises(ValueError, match="does not let the guest read"):
+        space.protect(0, PAGE_SIZE, prot)
+    assert space.fault(0, PROT_READ)
+
+
 @pytest.mark.parametrize(("gpa", "length"), [(8 * MiB, 1), (8 * MiB - 1, 2), (0xFEE00000, 4), (0, 9 * MiB)])
 def test_the_host_cannot_reach_outside_memory(space, gpa, length):
     space.write(8 * MiB - 16, b"0123456789abcdef")
