@@ -2,7 +2,8 @@
 """Translated blocks: where they are, how they are found, and when they are dropped.
 
 A block is keyed by the host address of its first byte (that is: by physical address), its linear address, and the
-mode it was translated for. One cache belongs to one vCPU, so nothing here takes a lock. Direct jumps between blocks
+mode it was translated for. One cache belongs to one vCPU, so nothing here takes a lock; what other vCPUs must know
+(which pages hold code) is in shared.pxd, and what they have to say comes through the inbox. Direct jumps between blocks
 stay within one guest page; all others go through the indirect-branch table (`Vcpu.ibt`), which is emptied whenever a
 linear address may have come to mean something else. So dropping the blocks of a page needs no unlinking: every direct
 jump into them comes from a block that is dropped as well.
@@ -10,6 +11,7 @@ jump into them comes from a block that is dropped as well.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.shared cimport Inbox, Shared
 from pyhyve.cpu.bt.state cimport Vcpu
 
 cdef enum:
@@ -49,6 +51,9 @@ cdef struct CodePage:
 
 cdef struct Cache:
     Vcpu* vcpu
+    Shared* shared          # of the VM
+    int me                  # this vCPU's number there
+    Inbox inbox
     uint8_t* rw             # the code memory, writable view
     uint8_t* rx             # the same memory, executable view
     uint64_t size
@@ -89,7 +94,12 @@ cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil
 cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil
 cdef Block* block_find(Cache* c, uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil
 cdef Block* block_new(Cache* c) noexcept nogil
-cdef void block_add(Cache* c, Block* b) noexcept nogil
+# Enter a finished block in the tables, protect its pages here and in the other vCPUs. False: no room in the tables.
+# When it returns, the others store to the block's bytes only with a message to this vCPU; what they stored before is
+# in memory: the caller compares the bytes that it translated with what is there now.
+cdef bint block_add(Cache* c, Block* b) noexcept nogil
+# Take what other vCPUs have put into the inbox. Must not be called while generated code runs.
+cdef void inbox_process(Cache* c) noexcept nogil
 cdef void cache_reset(Cache* c) noexcept nogil
 cdef bint cache_room(Cache* c, uint64_t bytes) noexcept nogil
 cdef Block* block_at_host(Cache* c, uint64_t rx) noexcept nogil

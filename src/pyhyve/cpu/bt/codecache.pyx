@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.shared cimport *
 from pyhyve.cpu.bt.state cimport (
     BANK_USER, BANKS, IBT_ENTRIES, TLB_ENTRIES, Vcpu, tlb_invalid,
 )
@@ -27,12 +28,12 @@ cdef inline CodePage* _page_find(Cache* c, uint64_t page) noexcept nogil:
 
 
 cdef bint code_page(Vcpu* v, uint64_t hva) noexcept nogil:
-    """True if the page of host address `hva` holds translated code."""
-    cdef CodePage* p
+    """True if some vCPU has translated code of the page of host address `hva`."""
+    cdef SharedPage* p
     if v.cache == NULL:
         return False
-    p = _page_find(<Cache*>v.cache, hva & ~<uint64_t>0xFFF)
-    return p != NULL and p.chunks != 0
+    p = shared_find((<Cache*>v.cache).shared, hva & ~<uint64_t>0xFFF)
+    return p != NULL and p.mask != 0
 
 
 cdef inline uint64_t _chunks(uint64_t offset, uint64_t length) noexcept nogil:
@@ -47,11 +48,11 @@ cdef inline uint64_t _chunks(uint64_t offset, uint64_t length) noexcept nogil:
 
 
 cdef bint code_overlaps(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil:
-    """True if bytes of [hva, hva + length), within one page, may belong to translated code."""
-    cdef CodePage* p
+    """True if bytes of [hva, hva + length), within one page, may belong to translated code of some vCPU."""
+    cdef SharedPage* p
     if v.cache == NULL:
         return False
-    p = _page_find(<Cache*>v.cache, hva & ~<uint64_t>0xFFF)
+    p = shared_find((<Cache*>v.cache).shared, hva & ~<uint64_t>0xFFF)
     return p != NULL and (p.chunks & _chunks(hva & 0xFFF, length)) != 0
 
 
@@ -79,15 +80,25 @@ cdef void _drop_page(Vcpu* v, Cache* c, CodePage* p) noexcept nogil:
     p.first = NULL
     p.chunks = 0
     v.drop_gen += 1
+    shared_leave(c.shared, p.hva, c.me)
+
+
+cdef void _drop_own(Vcpu* v, Cache* c, uint64_t hva, uint64_t length) noexcept nogil:
+    """Drop this vCPU's blocks of a page if [hva, hva + length), within it, touches them."""
+    cdef CodePage* p = _page_find(c, hva & ~<uint64_t>0xFFF)
+    if p != NULL and p.chunks & _chunks(hva & 0xFFF, length):
+        v.n.smc_writes += 1
+        _drop_page(v, c, p)
 
 
 cdef void code_written(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil:
-    """Host memory [hva, hva + length) was written: drop what was translated from it (whole pages at a time)."""
+    """Host memory [hva, hva + length) is written: drop what was translated from it (whole pages at a time), here and
+    in the other vCPUs, which see it before the next interrupt that this one sends them."""
     cdef Cache* c = <Cache*>v.cache
-    cdef CodePage* p
+    cdef SharedPage* p
     cdef uint64_t end = hva + length
-    cdef uint64_t page
-    cdef uint64_t stop
+    cdef uint64_t page, stop, others
+    cdef uint32_t k
     if c == NULL or length == 0:
         return
     while hva < end:
@@ -95,11 +106,45 @@ cdef void code_written(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil:
         stop = page + 0x1000
         if stop > end:
             stop = end
-        p = _page_find(c, page)
+        p = shared_find(c.shared, page)
         if p != NULL and p.chunks & _chunks(hva - page, stop - hva):
-            v.n.smc_writes += 1
-            _drop_page(v, c, p)
+            others = p.mask & ~(<uint64_t>1 << c.me)
+            _drop_own(v, c, hva, stop - hva)
+            k = 0
+            while others:
+                if others & 1 and c.shared.inboxes[k] != NULL:
+                    inbox_put(c.shared.inboxes[k], hva, stop - hva)
+                others >>= 1
+                k += 1
         hva = stop
+
+
+cdef void inbox_process(Cache* c) noexcept nogil:
+    cdef Inbox* inbox = &c.inbox
+    cdef Vcpu* v = c.vcpu
+    cdef Message m
+    cdef uint32_t n, i
+    cdef uint64_t k
+    if inbox.sent == inbox.done:
+        return
+    inbox_lock(inbox)
+    n = inbox.n
+    for i in range(n):
+        m = inbox.messages[i]
+        if m.length:
+            _drop_own(v, c, m.hva, m.length)
+        elif m.hva:
+            _protect(v, m.hva)
+    if inbox.overflow:
+        inbox.overflow = 0
+        for k in range(c.pages_used):
+            if c.pages[k].chunks:
+                _drop_page(v, c, &c.pages[k])
+        for k in range(BANKS * TLB_ENTRIES):
+            v.tlb[k].tag_w = tlb_invalid(<uint32_t>k & (TLB_ENTRIES - 1))
+    inbox.n = 0
+    inbox.done = inbox.sent
+    inbox_unlock(inbox)
 
 
 cdef void _ibt_flush_all(Vcpu* v) noexcept nogil:
@@ -211,30 +256,68 @@ cdef void _protect(Vcpu* v, uint64_t page) noexcept nogil:
             v.tlb[i].tag_w = tlb_invalid(i & (TLB_ENTRIES - 1))
 
 
-cdef void block_add(Cache* c, Block* b) noexcept nogil:
-    """Enter a finished block in the tables and protect its page(s)."""
+cdef void _tell_others(Cache* c, uint64_t page) noexcept nogil:
+    """Let every other vCPU pass a safe point; `page`, where not 0, they protect."""
+    cdef uint64_t tickets[SHARED_VCPUS]
+    cdef uint32_t k
+    for k in range(c.shared.n_vcpus):
+        tickets[k] = 0
+        if <int>k != c.me and c.shared.inboxes[k] != NULL:
+            tickets[k] = inbox_put(c.shared.inboxes[k], page, 0)
+    for k in range(c.shared.n_vcpus):
+        while tickets[k] and c.shared.inboxes[k] != NULL and waiting_for(c.shared.inboxes[k], tickets[k]):
+            inbox_process(c)
+            cpu_relax()
+
+
+cdef int _add_to_page(Cache* c, uint64_t page, uint64_t chunks, CodePage** out) noexcept nogil:
+    """0: no room; 1: nobody need be told; 2: others must pass a safe point; 3: they must protect the page."""
+    cdef CodePage* p = _page_make(c, page)
+    cdef bint fresh
+    cdef SharedPage* sp = shared_enter(c.shared, page, c.me, &fresh)
+    cdef int told = 1
+    if sp == NULL:
+        return 0
+    if fresh:
+        _protect(c.vcpu, page)
+        told = 3
+    elif chunks & ~sp.chunks:
+        told = 2
+    if chunks & ~sp.chunks:
+        shared_add_chunks(c.shared, sp, chunks)
+    p.chunks |= chunks
+    out[0] = p
+    return told
+
+
+cdef bint block_add(Cache* c, Block* b) noexcept nogil:
     cdef uint64_t h = _hash(b.hva, b.rip, b.mode) & c.hash_mask
     cdef uint64_t page = b.hva & ~<uint64_t>0xFFF
-    cdef CodePage* p = _page_make(c, page)
+    cdef CodePage* p = NULL
     cdef uint64_t first_len = b.guest_len
-    b.hash_next = c.hash[h]
-    c.hash[h] = b
+    cdef int told, told2
     if b.straddle:
         first_len = 0x1000 - (b.hva & 0xFFF)
-    if p.chunks == 0:
-        _protect(c.vcpu, page)
-    p.chunks |= _chunks(b.hva & 0xFFF, first_len)
+    told = _add_to_page(c, page, _chunks(b.hva & 0xFFF, first_len), &p)
+    if not told:
+        return False
+    b.hash_next = c.hash[h]
+    c.hash[h] = b
     b.page_next = p.first
     p.first = b
+    if c.shared.n_vcpus > 1 and told > 1:
+        _tell_others(c, page if told == 3 else 0)
     if b.straddle and b.hva2 == page:
         b.hva2 = 0
     if b.straddle and b.hva2 != 0:
-        p = _page_make(c, b.hva2)
-        if p.chunks == 0:
-            _protect(c.vcpu, b.hva2)
-        p.chunks |= _chunks(0, b.guest_len - first_len)
+        told2 = _add_to_page(c, b.hva2, _chunks(0, b.guest_len - first_len), &p)
+        if not told2:
+            return False
         b.page2_next = p.first
         p.first = b
+        if c.shared.n_vcpus > 1 and told2 > 1:
+            _tell_others(c, b.hva2 if told2 == 3 else 0)
+    return True
 
 
 cdef void cache_reset(Cache* c) noexcept nogil:
@@ -250,6 +333,7 @@ cdef void cache_reset(Cache* c) noexcept nogil:
     c.generation += 1
     c.vcpu.drop_gen += 1
     c.vcpu.n.cache_flushes += 1
+    shared_leave_all(c.shared, c.me)
     _ibt_flush_all(c.vcpu)
 
 

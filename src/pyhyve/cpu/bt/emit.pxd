@@ -88,7 +88,7 @@ cdef inline void mov_rr32(Emit* e, int dst, int src) noexcept nogil:
 
 cdef inline void mov_imm(Emit* e, int reg, uint64_t value) noexcept nogil:
     """The shortest mov that sets all 64 bits."""
-    if value <= 0xFFFFFFFF:
+    if value <= <uint64_t>0xFFFFFFFF:
         if reg & 8:
             e1(e, 0x41)
         e1(e, 0xB8 | (reg & 7))

@@ -1,6 +1,6 @@
 """The software processor as an engine: see pyhyve.cpu.processor."""
 
-from pyhyve.cpu.bt.run import BtVcpu, host_lacks
+from pyhyve.cpu.bt.run import BtShared, BtVcpu, host_lacks
 from pyhyve.cpu.processor import Capabilities
 
 
@@ -8,10 +8,11 @@ class BtVm:
     """What the software processor keeps for a VM: its vCPUs. Memory it finds through the EPT."""
 
     def __init__(self) -> None:
+        self.shared = BtShared()
         self.vcpus: list[BtVcpu] = []
 
     def create_vcpu(self, vcpu_id: int) -> BtVcpu:
-        vcpu = BtVcpu(vcpu_id)
+        vcpu = BtVcpu(vcpu_id, self.shared)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -31,7 +32,7 @@ class Engine:
     name = "bt"
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(name="bt", ept_ad=True, ept_2m=True, ept_1g=True, max_vcpus=1, xcr0=7, notes=("pcid",))
+        return Capabilities(name="bt", ept_ad=True, ept_2m=True, ept_1g=True, max_vcpus=64, xcr0=7, notes=("pcid",))
 
     def unavailable(self) -> str | None:
         return host_lacks()

@@ -8,6 +8,7 @@ from pyhyve.cpu.bt.codecache cimport *
 from pyhyve.cpu.bt.decode cimport C_COPY, C_INVALID, Insn
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
+from pyhyve.cpu.bt.shared cimport set_in_guest
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport *
 
@@ -184,12 +185,15 @@ cdef uint64_t loop_guest_rip(Cache* c, uint64_t rx, int* found) noexcept nogil:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 cdef int _block(Vcpu* v, Cache* c, uint64_t mode, Block** out) noexcept nogil:
-    """The block at v.rip for `mode`, translated if need be."""
+    """The block at v.rip for `mode`, translated if need be. R_SLOW: try again."""
     cdef uint64_t lin = v.rip
     cdef uint64_t page, page2, info
     cdef Block* b
     cdef int r, straddle
     cdef int bank = v.bank
+    cdef uint8_t snapshot[MAX_INSNS * 15 + 16]
+    cdef uint32_t n, k
+    cdef uint64_t dropped
     if not mode & (2 << MODE_SIZE_SHIFT):
         lin = (lin + (mode >> MODE_CSBASE_SHIFT)) & <uint64_t>0xFFFFFFFF
     r = mmu_fetch(v, lin, bank, &page, &info)
@@ -226,7 +230,21 @@ cdef int _block(Vcpu* v, Cache* c, uint64_t mode, Block** out) noexcept nogil:
         v.exit.qualification = 1
         return R_EXIT
     if not mode & MODE_SLOW:
-        block_add(c, b)
+        # a copy of the bytes that were translated tells whether another vCPU stored to them meanwhile
+        n = b.guest_len if not straddle and not b.straddle else 0
+        for k in range(n):
+            snapshot[k] = (<uint8_t*>page)[k]
+        dropped = v.drop_gen
+        if not block_add(c, b):
+            cache_reset(c)
+            return R_SLOW
+        if c.shared.n_vcpus > 1:
+            if v.drop_gen != dropped:
+                return R_SLOW
+            for k in range(n):
+                if snapshot[k] != (<uint8_t*>page)[k]:
+                    code_written(v, page, n)
+                    return R_SLOW
     out[0] = b
     return R_OK
 
@@ -252,6 +270,16 @@ cdef int _inject(Vcpu* v) noexcept nogil:
 
 cdef int loop_run(Vcpu* v) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
+    cdef int r
+    set_in_guest(&c.inbox, 1)
+    inbox_process(c)
+    r = _loop(v)
+    set_in_guest(&c.inbox, 0)
+    return r
+
+
+cdef int _loop(Vcpu* v) noexcept nogil:
+    cdef Cache* c = <Cache*>v.cache
     cdef enter_fn enter = <enter_fn>c.enter
     cdef uint8_t* poll = <uint8_t*>&v.poll
     cdef uint64_t mode, dropped
@@ -273,7 +301,9 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
             update_bank(v)
         if v.poll:
             poll[6] = 0
+            poll[5] = 0
             poll[7] = 0
+            inbox_process(c)
             if v.kick:
                 v.kick = 0
                 v.exit.reason = X_EXTERNAL_INTERRUPT
@@ -299,6 +329,9 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
         v.mode_key = mode
         dropped = v.drop_gen
         r = _block(v, c, mode | MODE_SLOW if slow else mode, &b)
+        if r == R_SLOW:
+            link = NULL
+            continue
         if r != R_OK:
             link = NULL
             slow = 0

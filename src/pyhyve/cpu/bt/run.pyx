@@ -5,6 +5,7 @@ Also here is what belongs to the host: the code cache's two mappings, the guest'
 signals that the host's processor raises in generated code.
 """
 
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -12,6 +13,7 @@ from libc.string cimport memcpy, memset
 from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, code_written
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
 from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
+from pyhyve.cpu.bt.shared cimport SHARED_VCPUS, Inbox, Shared
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport LEAVE_EXIT, LEAVE_FAULT
 
@@ -229,6 +231,20 @@ def host_lacks():
     return None
 
 
+cdef class BtShared:
+    """What the vCPUs of one VM share."""
+    cdef Shared* s
+
+    def __cinit__(self):
+        self.s = <Shared*>bt_pages(sizeof(Shared))
+        if self.s == NULL:
+            raise HostError("out of memory for a VM's tables")
+
+    def __dealloc__(self):
+        if self.s != NULL:
+            bt_free_pages(self.s, sizeof(Shared))
+
+
 cdef class ExitView:
     """The last exit; see pyhyve.cpu.processor.Exit."""
     cdef Exit* x
@@ -300,6 +316,7 @@ cdef class ExitView:
         return 0
 
 
+@cython.no_gc_clear
 cdef class BtVcpu:
     """One software vCPU. It must be closed, by its VM, when nothing runs it any more."""
     cdef Vcpu* v
@@ -307,15 +324,19 @@ cdef class BtVcpu:
     cdef void* area
     cdef uint64_t code_size
     cdef bint running
+    cdef BtShared shared
     cdef readonly ExitView exit
     cdef readonly int vcpu_id
 
-    def __cinit__(self, int vcpu_id, uint64_t code_size=64 << 20):
+    def __cinit__(self, int vcpu_id, BtShared shared, uint64_t code_size=64 << 20):
         cdef void* rw = NULL
         cdef void* rx = NULL
         cdef int err
         if host_lacks() is not None:
             raise HostError(host_lacks())
+        if shared.s.n_vcpus >= SHARED_VCPUS:
+            raise HostError(f"a VM has at most {SHARED_VCPUS} vCPUs on this processor")
+        self.shared = shared
         self.vcpu_id = vcpu_id
         self.code_size = code_size
         self.v = <Vcpu*>bt_pages(sizeof(Vcpu))
@@ -350,6 +371,11 @@ cdef class BtVcpu:
         self.v.bit_mask[1] = 31
         self.v.bit_mask[2] = 15
         self.area = <void*>((<uintptr_t>&self.v.xsave_area[0] + 63) & ~<uintptr_t>63)
+        self.c.shared = shared.s
+        self.c.me = shared.s.n_vcpus
+        self.c.inbox.poll = <uint8_t*>&self.v.poll
+        shared.s.inboxes[self.c.me] = &self.c.inbox
+        shared.s.n_vcpus += 1
         mmu_init(self.v)
         loop_init(self.c)
         if bt_signals() or bt_register(self.c, <uint64_t>rx, <uint64_t>rx + code_size):
@@ -362,6 +388,8 @@ cdef class BtVcpu:
     def __dealloc__(self):
         if self.c != NULL:
             bt_unregister(self.c)
+            if self.c.shared != NULL:
+                self.c.shared.inboxes[self.c.me] = NULL
             if self.c.rw != NULL:
                 bt_unmap(self.c.rw, self.c.rx, self.code_size)
             if self.c.pool != NULL:
@@ -624,11 +652,17 @@ cdef class BtVcpu:
 
     def translate(self, uint64_t gla, int access=0):
         cdef uint64_t gpa = 0
-        cdef uint32_t vector = self.v.fault_vector
-        if mmu_translate(self.v, gla, access, BANK_KERNEL_AC, NULL, NULL, &gpa) == R_OK:
-            return gpa
-        self.v.fault_vector = vector
-        return None
+        cdef Vcpu* v = self.v
+        cdef Exit kept = v.exit
+        cdef uint32_t vector = v.fault_vector
+        cdef int r = mmu_translate(v, gla, access, BANK_KERNEL_AC, NULL, NULL, &gpa)
+        v.fault_vector = vector
+        if r == R_EXIT and v.exit.reason == X_EPT_VIOLATION and v.exit.qualification & 0x100:
+            # mapped by the guest, but not memory
+            gpa = v.exit.gpa
+            r = R_OK
+        v.exit = kept
+        return gpa if r == R_OK else None
 
     def counters(self):
         cdef Counters* n = &self.v.n

@@ -198,7 +198,7 @@ cdef struct Vcpu:
     uint64_t ibt_mask            # PEXT masks
     uint64_t tlb_mask
     uint64_t page_mask           # ~0xfff
-    uint64_t bit_mask            # 63: PEXT mask of bit offsets
+    uint64_t bit_mask[3]         # 63, 31, 15: PEXT masks of bit offsets
     uint64_t miss_info           # set by thunks: address behind the call in the stub
     uint64_t miss_lin
     uint64_t leave_reason        # why generated code was left

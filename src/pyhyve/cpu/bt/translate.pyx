@@ -48,6 +48,7 @@ cdef enum:
     K_IND_MISS = 7
 
     MAX_STUBS = 256
+    MAX_JCC = 4             # conditional branches that a block goes on behind
 
 cdef struct Stub:
     int kind
@@ -994,8 +995,12 @@ cdef void _load_rm64(T* t, int n) noexcept nogil:
         mov_rr(e, H_T0, host_of(i.rm))
 
 
+cdef inline bint _is_jcc(Insn* i) noexcept nogil:
+    return i.map == 0 and 0x70 <= i.opcode <= 0x7F or i.map == 1 and 0x80 <= i.opcode <= 0x8F
+
+
 cdef bint _branch(T* t, int n) noexcept nogil:
-    """Near branches that are run natively. False: microcode. The block always ends here."""
+    """Near branches that are run natively. False: microcode. The block ends here, but for a conditional branch."""
     cdef Insn* i = &t.insns[n]
     cdef Emit* e = &t.e
     cdef uint64_t next_rip = t.rips[n] + i.length
@@ -1005,10 +1010,11 @@ cdef bint _branch(T* t, int n) noexcept nogil:
     cdef int op = i.opcode
     if t.size != 64:
         next_rip &= <uint64_t>0xFFFFFFFF
-    if i.map == 0 and 0x70 <= op <= 0x7F or i.map == 1 and 0x80 <= op <= 0x8F:
+    if _is_jcc(i):
         target = _target(t, n)
         _jcc_go(t, op & 15, target, target <= t.rips[n])
-        _go(t, next_rip, 0)
+        if n + 1 == t.n:
+            _go(t, next_rip, 0)
         return True
     if i.map != 0:
         return False
@@ -1151,7 +1157,7 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
         if i.cls == C_BRANCH:
             if depth > 0 and i.map == 0 and (i.opcode == 0xEB or i.opcode == 0xE9):
                 return live | (_live_at(t, rip + n + <uint64_t>i.imm, depth - 1) & todo)
-            if depth > 0 and (i.map == 0 and 0x70 <= i.opcode <= 0x7F or i.map == 1 and 0x80 <= i.opcode <= 0x8F):
+            if depth > 0 and _is_jcc(&i):
                 live |= _live_at(t, rip + n + <uint64_t>i.imm, depth - 1) & todo
                 if live & todo == todo:
                     return live
@@ -1175,7 +1181,7 @@ cdef void _liveness(T* t) noexcept nogil:
         if i.cls == C_BRANCH:
             if i.map == 0 and (i.opcode == 0xEB or i.opcode == 0xE9 or i.opcode == 0xE8):
                 live = _live_at(t, _target(t, n - 1), 1)
-            elif i.map == 0 and 0x70 <= i.opcode <= 0x7F or i.map == 1 and 0x80 <= i.opcode <= 0x8F:
+            elif _is_jcc(i):
                 live = _live_at(t, next_rip, 1)
                 if live != FL_ALL:
                     live |= _live_at(t, _target(t, n - 1), 1)
@@ -1185,6 +1191,8 @@ cdef void _liveness(T* t) noexcept nogil:
     for k in range(n - 1, -1, -1):
         i = &t.insns[k]
         live = (t.live[k + 1] & ~i.flags_killed) | i.flags_read
+        if i.cls == C_BRANCH and k + 1 < n and live != FL_ALL:
+            live |= _live_at(t, _target(t, k), 1) if t.size == 64 else FL_ALL
         if i.cls == C_INVALID or i.cls == C_SYSTEM or i.cls == C_STRING:
             live = FL_ALL
         t.live[k] = <uint8_t>live
@@ -1253,7 +1261,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     cdef uint64_t pc = rip
     cdef uint16_t* mark
     cdef uint8_t* rx0
-    cdef uint64_t offset = 0
+    cdef int n_jcc = 0
     cdef Vcpu* v = c.vcpu
 
     straddle_needed[0] = 0
@@ -1309,6 +1317,9 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
             pc += n
             at += n
             left -= n
+            if i.cls == C_BRANCH and _is_jcc(i) and n_jcc < MAX_JCC and left > 0 and t.n < limit:
+                n_jcc += 1
+                continue
             if i.cls == C_BRANCH or i.cls == C_INVALID or (_ends_block(i) and not (
                     i.map == 0 and i.opcode == 0xFB and i.cls == C_SYSTEM)):
                 break
@@ -1361,8 +1372,11 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         elif i.cls == C_BRANCH:
             if not _branch(&t, k):
                 _micro_end(&t, k)
-            done = 1
-            break
+                done = 1
+                break
+            if k + 1 == t.n or not _is_jcc(i):
+                done = 1
+                break
         elif i.cls == C_INVALID:
             _micro_end(&t, k)
             done = 1
@@ -1375,7 +1389,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                     break
                 _micro_inline(&t, k)
         k += took
-        if k > 0 and k <= t.n and t.insns[k - 1].cls == C_BRANCH:
+        if took > 1 and t.insns[k - 1].cls == C_BRANCH:
             done = 1                             # POPs with their RET
             break
         if t.next_poll == k - 1 and t.next_poll >= 0:

@@ -1,0 +1,55 @@
+# cython: language_level=3
+"""What the vCPUs of one VM share: which guest pages hold translated code, of whom, and messages between them.
+
+Each vCPU translates for itself, into a cache of its own. What must be common is the knowledge that a page holds code:
+a store by any vCPU to it has to reach every cache that was translated from it.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef enum:
+    SHARED_PAGES = 65536
+    SHARED_VCPUS = 64
+    INBOX = 64
+
+cdef struct SharedPage:
+    uint64_t hva            # page address; 0: free
+    uint64_t chunks         # 64-byte pieces that some vCPU translated from
+    uint64_t mask           # vCPUs that have (or had) blocks of it
+    uint64_t writes         # counts stores to the page by the slow path
+
+cdef struct Message:
+    uint64_t hva
+    uint64_t length         # 0: the page got code: protect it
+
+cdef struct Inbox:
+    uint32_t lock
+    uint32_t in_guest       # 1: its owner may be running guest code
+    uint32_t n
+    uint32_t overflow       # messages were lost: drop everything
+    uint64_t done           # messages ever taken
+    uint64_t sent           # messages ever put
+    uint8_t* poll           # Vcpu.poll of the owner, as bytes
+    Message messages[INBOX]
+
+cdef struct Shared:
+    uint32_t lock
+    uint32_t n_vcpus
+    Inbox* inboxes[SHARED_VCPUS]
+    uint64_t n_pages
+    SharedPage pages[SHARED_PAGES]
+
+cdef SharedPage* shared_find(Shared* s, uint64_t page) noexcept nogil
+# The entry of a page that is about to be translated by vCPU `me`; NULL when the table is full.
+cdef SharedPage* shared_enter(Shared* s, uint64_t page, int me, bint* fresh) noexcept nogil
+cdef void shared_add_chunks(Shared* s, SharedPage* p, uint64_t chunks) noexcept nogil
+cdef void shared_leave(Shared* s, uint64_t page, int me) noexcept nogil
+cdef void shared_leave_all(Shared* s, int me) noexcept nogil
+cdef void shared_count_write(SharedPage* p) noexcept nogil
+# Tell vCPU `to`; returns the ticket that its `done` reaches when it has been dealt with.
+cdef uint64_t inbox_put(Inbox* to, uint64_t hva, uint64_t length) noexcept nogil
+cdef void inbox_lock(Inbox* inbox) noexcept nogil
+cdef void inbox_unlock(Inbox* inbox) noexcept nogil
+cdef void set_in_guest(Inbox* inbox, uint32_t value) noexcept nogil
+cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
+cdef void cpu_relax() noexcept nogil
