@@ -74,7 +74,6 @@ K_GPRREG = 0x0400  # EVEX: ModRM.reg is a general register: R' must be 0
 K_SHIFT = 0x0800  # immediate shift count: no flag changes if the masked count is 0
 K_REPCMP = 0x1000  # with REP, flags may remain
 K_FARPTR = 0x2000  # immediate is a far pointer: zero-extended
-K_HIGH16 = 0x4000  # (VEX) an XMM/YMM register is named by imm[7:4]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -318,8 +317,6 @@ def leaf_of(insn: Instruction, *, effective: int, mode: int, memory: bool, imm: 
         check |= K_MASKREQ
     if op.can_use_zeroing_masking and not (memory and access == M_WRITE):
         check |= K_ZERO
-    if any(k.endswith(("IS4", "IS5")) for k in kinds):
-        check |= K_HIGH16
     read, killed, qualified = flags_of(insn, name, cls, kinds)
     size = operand_size(insn, name, cls, kinds, effective, mode)
     return Leaf(cls, imm, size, access, width, attr, read, killed, check | qualified)

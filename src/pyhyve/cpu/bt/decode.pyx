@@ -8,7 +8,7 @@ opcode cannot know (LOCK, EVEX masks, registers that must differ, shift counts) 
 
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from pyhyve.cpu.bt.state cimport SEG_CS, SEG_DS, SEG_ES, SEG_FS, SEG_GS, SEG_SS
+from pyhyve.cpu.bt.state cimport SEG_DS, SEG_FS, SEG_GS, SEG_SS
 
 cdef extern from "decode_tables.h" nogil:
     ctypedef struct decode_leaf_t:
@@ -115,7 +115,7 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
             elif b == 0x65:
                 seg = SEG_GS
             elif b == 0x2E or b == 0x36 or b == 0x3E or b == 0x26:
-                if not is64:
+                if not is64:                     # 26, 2E, 36, 3E: SEG_ES to SEG_DS
                     seg = <int>(b >> 3) & 3
             else:
                 break
