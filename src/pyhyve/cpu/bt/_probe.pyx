@@ -259,9 +259,6 @@ cdef class Probe:
     def flush_ept(self):
         mmu_flush_ept(self.v)
 
-    def write_protect(self, uint64_t offset):
-        mmu_write_protect(self.v, <uint64_t>self.ram + offset)
-
     # microcode
 
     def run(self, *codes):

@@ -5,7 +5,7 @@ All functions run without the GIL, touch general registers only, and answer an R
 the exception in `v.fault_*`, R_EXIT leaves the exit in `v.exit`. A linear address is already truncated to 32 bits
 outside 64-bit mode. Sources: Intel SDM vol 3, "Paging" and "The Extended Page Table Mechanism (EPT)".
 
-Housekeeping that must live with the vCPU (TLB dirty lists, filters of what was entered) shares the arrays
+Housekeeping that must live with the vCPU (bit maps of filled TLB entries, filters of what was entered) shares the arrays
 `ept_cache_tag` and `ept_cache_val` with the EPT cache; nothing else may write them. `mmu_init` must run once on a new
 (zeroed) Vcpu, before anything else here.
 """
@@ -60,9 +60,6 @@ cdef int mmu_probe_write(Vcpu* v, uint64_t lin, uint64_t size, int bank) noexcep
 
 # For the dispatcher: the page that holds the code at `lin` (*hva_page is its first byte); *info has MMU_GLOBAL.
 cdef int mmu_fetch(Vcpu* v, uint64_t lin, int bank, uint64_t* hva_page, uint64_t* info) noexcept nogil
-
-# A host page that got its first translated block: no TLB entry may let a write to it pass any more.
-cdef void mmu_write_protect(Vcpu* v, uint64_t hva) noexcept nogil
 
 # Guest-physical access of `need` (bits: 1 read, 2 write, 4 fetch) to its host address. `gla` and `final` (1: the
 # access itself, 0: a page walk's) are for the exit only.

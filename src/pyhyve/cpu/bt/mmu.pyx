@@ -1,10 +1,8 @@
 # cython: language_level=3
 """Guest page walks, each step through the EPT, and the software TLB that generated code hits.
 
-A TLB entry's `info` is: bit 0 the mapping is global, bit 1 and bit 2 the entry stands in the bank's list of local
-(global) entries, bits 16-26 and 32-42 the next index + 1 of those lists. So a flush costs what was filled since the
-last one, not the size of the table. An entry that changed sides stands in both lists; bit 0 decides.
-FetchEntry.info is alike, with the privilege checked (1: user) in bit 8.
+Which TLB entries were filled is kept in bit maps, one of local and one of global entries for each bank, so a flush
+costs what was filled since the last one, not the size of the table.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -23,6 +21,7 @@ cdef extern from *:
     static inline int bt_cas32(uint64_t p, uint32_t old, uint32_t val) {
         return __atomic_compare_exchange_n((uint32_t *)p, &old, val, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     }
+    static inline uint32_t bt_ctz(uint64_t x) { return (uint32_t)__builtin_ctzll(x); }
     #define BT_PAGE_MASK (~(uint64_t)0xFFF)
     #define BT_FRAME_MASK ((uint64_t)0x000FFFFFFFFFF000)
     """
@@ -31,6 +30,7 @@ cdef extern from *:
     uint64_t bt_load64(uint64_t p) noexcept nogil
     uint32_t bt_load32(uint64_t p) noexcept nogil
     bint bt_cas64(uint64_t p, uint64_t old, uint64_t val) noexcept nogil
+    uint32_t bt_ctz(uint64_t x) noexcept nogil
     bint bt_cas32(uint64_t p, uint32_t old, uint32_t val) noexcept nogil
 
 cdef enum:
@@ -67,21 +67,21 @@ cdef enum:
     EFER_LMA = 1 << 10
     EFER_NXE = 1 << 11
 
-    # The arrays ept_cache_tag/val: slots of 2 MiB mappings, of 4 KiB mappings, then housekeeping.
+    # The arrays ept_cache_tag and ept_cache_val: slots of 2 MiB mappings, slots of 4 KiB mappings; behind them
+    # housekeeping, in words of ept_cache_tag ...
     EPT_LARGE_SLOTS = 64
     EPT_SMALL = 64
-    EPT_SMALL_SLOTS = 128
-    KEEP_LOCAL = 192         # + bank: head of the list of local TLB entries, index + 1
-    KEEP_GLOBAL = 195        # + bank: of global ones
-    KEEP_FETCH_LOCAL = 198
-    KEEP_FETCH_GLOBAL = 199
-    KEEP_LARGE = 200         # 16 words: filter of the 2 MiB regions mapped by large pages
-    KEEP_HUGE = 216          # 4 words: filter of the 1 GiB regions mapped by 1 GiB pages
-    KEEP_END = 220
+    EPT_SMALL_SLOTS = 64
+    KEEP_TLB = 128           # + bank * 32 (+ 16: global): bit maps of the TLB entries that were filled
+    KEEP_FETCH = 224         # (+ 8: global): of the fetch entries
+    TLB_WORDS = 16
+    FETCH_WORDS = 8
+    # ... and of ept_cache_val (from 224 on microcode's)
+    KEEP_LARGE = 128         # 16 words: filter of the 4 MiB regions where large pages were entered
+    KEEP_HUGE = 144          # 4 words: filter of the 1 GiB regions where 1 GiB pages were
+    KEEP_END = 148
 
-    IN_LOCAL = 2
-    IN_GLOBAL = 4
-    MMU_HUGE = 16
+    MMU_HUGE = 16            # of *info, not told outside: a 1 GiB page
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,31 +423,32 @@ cdef int mmu_translate(Vcpu* v, uint64_t lin, int access, int bank, uint64_t* hv
 # ---------------------------------------------------------------------------------------------------------------------
 # The TLB
 
+cdef inline void set_bit(uint64_t* words, uint64_t bit) noexcept nogil:
+    words[bit >> 6] |= <uint64_t>1 << (bit & 63)
+
+
+cdef inline bint test_bit(uint64_t* words, uint64_t bit) noexcept nogil:
+    return words[bit >> 6] >> (bit & 63) & 1
+
+
+cdef inline void note_filled(uint64_t* words, int n, uint64_t index, uint64_t info) noexcept nogil:
+    """Two bit maps of n words: of local entries, and of global ones behind it. An entry stands in one of them."""
+    cdef uint64_t bit = <uint64_t>1 << (index & 63)
+    words += index >> 6
+    if info & MMU_GLOBAL:
+        words[0] &= ~bit
+        words[n] |= bit
+    else:
+        words[0] |= bit
+        words[n] &= ~bit
+
+
 cdef inline void note_large(Vcpu* v, uint64_t lin, uint64_t info) noexcept nogil:
     """INVLPG drops a whole large page: remember where those are, so that it need not search for small ones."""
-    cdef uint64_t bit
     if info & MMU_LARGE:
-        bit = lin >> 22 & 1023
-        v.ept_cache_tag[KEEP_LARGE + (bit >> 6)] |= <uint64_t>1 << (bit & 63)
+        set_bit(&v.ept_cache_val[KEEP_LARGE], lin >> 22 & 1023)
     elif info & MMU_HUGE:
-        bit = lin >> 30 & 255
-        v.ept_cache_tag[KEEP_HUGE + (bit >> 6)] |= <uint64_t>1 << (bit & 63)
-
-
-cdef inline uint64_t listed(Vcpu* v, uint64_t info, bint is_global, int local_head, int global_head,
-                            uint64_t index) noexcept nogil:
-    """An entry's new `info` list part, the entry linked into the list it belongs to."""
-    if is_global:
-        info |= 1
-        if not info & IN_GLOBAL:
-            info |= IN_GLOBAL | (v.ept_cache_tag[global_head] << 32)
-            v.ept_cache_tag[global_head] = index + 1
-    else:
-        info &= ~<uint64_t>1
-        if not info & IN_LOCAL:
-            info |= IN_LOCAL | (v.ept_cache_tag[local_head] << 16)
-            v.ept_cache_tag[local_head] = index + 1
-    return info
+        set_bit(&v.ept_cache_val[KEEP_HUGE], lin >> 30 & 255)
 
 
 cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint64_t info) noexcept nogil:
@@ -464,7 +465,8 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
         code = code_page(v, hva)
         if not code:
             e.tag_w = page
-    e.info = listed(v, e.info, (info & MMU_GLOBAL) != 0, KEEP_LOCAL + bank, KEEP_GLOBAL + bank, index)
+    e.info = info & MMU_GLOBAL
+    note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
     return code and access == ACCESS_WRITE
@@ -520,28 +522,13 @@ cdef int mmu_fetch(Vcpu* v, uint64_t lin, int bank, uint64_t* hva_page, uint64_t
         return r
     f.lin = page | 1
     f.hva = hva & PAGE_MASK
-    f.info = listed(v, (f.info & ~<uint64_t>0x100) | user, (bits & MMU_GLOBAL) != 0, KEEP_FETCH_LOCAL,
-                    KEEP_FETCH_GLOBAL, index)
+    f.info = (bits & MMU_GLOBAL) | user
+    note_filled(&v.ept_cache_tag[KEEP_FETCH], FETCH_WORDS, index, bits)
     if bits & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, bits)
     hva_page[0] = f.hva
     info[0] = bits & MMU_GLOBAL
     return R_OK
-
-
-cdef void mmu_write_protect(Vcpu* v, uint64_t hva) noexcept nogil:
-    cdef uint64_t next
-    cdef TlbEntry* e
-    cdef int bank, side
-    hva &= PAGE_MASK
-    for bank in range(BANKS):
-        for side in range(2):
-            next = v.ept_cache_tag[(KEEP_GLOBAL if side else KEEP_LOCAL) + bank]
-            while next:
-                e = &v.tlb[bank * TLB_ENTRIES + next - 1]
-                if e.hva == hva:
-                    e.tag_w = tlb_invalid(<uint32_t>next - 1)
-                next = (e.info >> (32 if side else 16)) & 0x7FF
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,86 +539,66 @@ cdef inline void drop(TlbEntry* e, uint32_t index) noexcept nogil:
     e.tag_w = tlb_invalid(index)
 
 
-cdef void drop_local(Vcpu* v) noexcept nogil:
-    cdef uint64_t next, info
-    cdef TlbEntry* e
-    cdef FetchEntry* f
-    cdef int bank
+cdef void drop_noted(Vcpu* v, int side) noexcept nogil:
+    """Drop what was filled: local entries (0) or global ones (1)."""
+    cdef uint64_t* words
+    cdef uint64_t bits
+    cdef uint32_t index
+    cdef int bank, k
     for bank in range(BANKS):
-        next = v.ept_cache_tag[KEEP_LOCAL + bank]
-        v.ept_cache_tag[KEEP_LOCAL + bank] = 0
-        while next:
-            e = &v.tlb[bank * TLB_ENTRIES + next - 1]
-            info = e.info
-            e.info = info & ~<uint64_t>(IN_LOCAL | 0x7FF0000)
-            if not info & 1:
-                drop(e, <uint32_t>next - 1)
-            next = (info >> 16) & 0x7FF
-    next = v.ept_cache_tag[KEEP_FETCH_LOCAL]
-    v.ept_cache_tag[KEEP_FETCH_LOCAL] = 0
-    while next:
-        f = &v.fetch[next - 1]
-        info = f.info
-        f.info = info & ~<uint64_t>(IN_LOCAL | 0x7FF0000)
-        if not info & 1:
-            f.lin = 0
-        next = (info >> 16) & 0x7FF
-
-
-cdef void drop_global(Vcpu* v) noexcept nogil:
-    cdef uint64_t next, info
-    cdef TlbEntry* e
-    cdef FetchEntry* f
-    cdef int bank
-    for bank in range(BANKS):
-        next = v.ept_cache_tag[KEEP_GLOBAL + bank]
-        v.ept_cache_tag[KEEP_GLOBAL + bank] = 0
-        while next:
-            e = &v.tlb[bank * TLB_ENTRIES + next - 1]
-            info = e.info
-            e.info = info & 0x7FF0003
-            drop(e, <uint32_t>next - 1)
-            next = (info >> 32) & 0x7FF
-    next = v.ept_cache_tag[KEEP_FETCH_GLOBAL]
-    v.ept_cache_tag[KEEP_FETCH_GLOBAL] = 0
-    while next:
-        f = &v.fetch[next - 1]
-        info = f.info
-        f.info = info & 0x7FF0103
-        f.lin = 0
-        next = (info >> 32) & 0x7FF
+        words = &v.ept_cache_tag[KEEP_TLB + (bank * 2 + side) * TLB_WORDS]
+        for k in range(TLB_WORDS):
+            bits = words[k]
+            if not bits:
+                continue
+            words[k] = 0
+            while bits:
+                index = k * 64 + <uint32_t>bt_ctz(bits)
+                bits &= bits - 1
+                drop(&v.tlb[bank * TLB_ENTRIES + index], index)
+    words = &v.ept_cache_tag[KEEP_FETCH + side * FETCH_WORDS]
+    for k in range(FETCH_WORDS):
+        bits = words[k]
+        words[k] = 0
+        while bits:
+            v.fetch[k * 64 + bt_ctz(bits)].lin = 0
+            bits &= bits - 1
 
 
 cdef void mmu_flush_all(Vcpu* v) noexcept nogil:
     cdef int k
     v.n.tlb_flushes += 1
-    drop_local(v)
-    drop_global(v)
+    drop_noted(v, 0)
+    drop_noted(v, 1)
     for k in range(KEEP_LARGE, KEEP_END):
-        v.ept_cache_tag[k] = 0
+        v.ept_cache_val[k] = 0
     ibt_flush(v, 0)
 
 
 cdef void mmu_flush_nonglobal(Vcpu* v) noexcept nogil:
     v.n.tlb_flushes += 1
-    drop_local(v)
+    drop_noted(v, 0)
     ibt_flush(v, 1)
 
 
 cdef void drop_region(Vcpu* v, uint64_t lin, int shift) noexcept nogil:
     """Drop every entry of the naturally aligned region of 2**shift bytes about `lin`."""
-    cdef uint64_t next
+    cdef uint64_t* words
+    cdef uint64_t bits
+    cdef uint32_t index
     cdef TlbEntry* e
     cdef FetchEntry* f
-    cdef int bank, side, k
+    cdef int bank, k
     for bank in range(BANKS):
-        for side in range(2):
-            next = v.ept_cache_tag[(KEEP_GLOBAL if side else KEEP_LOCAL) + bank]
-            while next:
-                e = &v.tlb[bank * TLB_ENTRIES + next - 1]
+        words = &v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS]
+        for k in range(TLB_WORDS):
+            bits = words[k] | words[k + TLB_WORDS]
+            while bits:
+                index = k * 64 + <uint32_t>bt_ctz(bits)
+                bits &= bits - 1
+                e = &v.tlb[bank * TLB_ENTRIES + index]
                 if (e.tag_r ^ lin) >> shift == 0:
-                    drop(e, <uint32_t>next - 1)
-                next = (e.info >> (32 if side else 16)) & 0x7FF
+                    drop(e, index)
     for k in range(FETCH_ENTRIES):
         f = &v.fetch[k]
         if f.lin and (f.lin ^ lin) >> shift == 0:
@@ -643,16 +610,13 @@ cdef void mmu_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
     cdef uint32_t index = <uint32_t>(lin >> 12) & (TLB_ENTRIES - 1)
     cdef FetchEntry* f = &v.fetch[(lin >> 12) & (FETCH_ENTRIES - 1)]
     cdef uint64_t page = lin & PAGE_MASK
-    cdef uint64_t bit
     cdef TlbEntry* e
     cdef int bank
     v.n.tlb_flushes += 1
-    bit = lin >> 30 & 255
-    if v.ept_cache_tag[KEEP_HUGE + (bit >> 6)] >> (bit & 63) & 1:
+    if test_bit(&v.ept_cache_val[KEEP_HUGE], lin >> 30 & 255):
         drop_region(v, lin, 30)
         return
-    bit = lin >> 22 & 1023
-    if v.ept_cache_tag[KEEP_LARGE + (bit >> 6)] >> (bit & 63) & 1:
+    if test_bit(&v.ept_cache_val[KEEP_LARGE], lin >> 22 & 1023):
         drop_region(v, lin, 22)
         return
     for bank in range(BANKS):

@@ -1205,21 +1205,23 @@ cdef void _entries(T* t) noexcept nogil:
     cdef Emit* e = &t.e
     cdef Block* b = t.b
     cdef Stub* s
-    cdef uint8_t* site
     b.entry_ind = e.p + e.delta
     if t.slow:
         b.entry_poll = b.entry_direct = b.entry_ind
         return
+    # Who comes by the table may be looking for another block of the same slot, which needs the flags: keep them.
+    mov_rr(e, H_T1, H_RCX)
+    if fits32(0 - b.rip):
+        lea_rd(e, H_RCX, H_T0, <int32_t>(0 - b.rip), 1)
+    else:
+        mov_imm(e, H_RCX, 0 - b.rip)
+        lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
+    e2(e, 0xE3, 8)                               # jrcxz over the next two
+    mov_rr(e, H_RCX, H_T1)
+    jmp_rx(e, t.c.ibt_miss)
+    mov_rr(e, H_RCX, H_T1)
+    b.entry_poll = e.p + e.delta
     if not t.live[0]:
-        if fits32(0 - b.rip):
-            lea_rd(e, H_T1, H_T0, <int32_t>(0 - b.rip), 1)
-        else:
-            mov_imm(e, H_T1, 0 - b.rip)
-            e3(e, 0x4D, 0x01, 0xD3)              # add r11, r10
-        e3(e, 0x4D, 0x85, 0xDB)                  # test r11, r11
-        site = jcc_fwd(e, CC_NE)
-        rel32_to(site, t.c.ibt_miss - e.delta)
-        b.entry_poll = e.p + e.delta
         e1(e, 0x65)                              # cmp qword gs:[poll], 0
         e3(e, 0x48, 0x83, 0x3C)
         e1(e, 0x25)
@@ -1228,17 +1230,6 @@ cdef void _entries(T* t) noexcept nogil:
         s = _stub(t, K_POLL, jcc_fwd(e, CC_NE))
         s.rip = b.rip
     else:
-        mov_rr(e, H_T1, H_RCX)
-        if fits32(0 - b.rip):
-            lea_rd(e, H_RCX, H_T0, <int32_t>(0 - b.rip), 1)
-        else:
-            mov_imm(e, H_RCX, 0 - b.rip)
-            lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
-        e2(e, 0xE3, 8)                           # jrcxz over the next two
-        mov_rr(e, H_RCX, H_T1)
-        jmp_rx(e, t.c.ibt_miss)
-        mov_rr(e, H_RCX, H_T1)
-        b.entry_poll = e.p + e.delta
         mov_rr(e, H_T1, H_RCX)
         ld_gs(e, H_RCX, o_poll())
         e2(e, 0xE3, 8)
