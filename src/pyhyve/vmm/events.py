@@ -269,8 +269,11 @@ class EventLoop:
                     if self.on_error is None:
                         raise
                     self.on_error(error)
+                    # What was behind it in the queue is still to be done.
                     if fd == timer_fd:
                         self.timers.rearm()
+                    elif fd == self._wake:
+                        os.eventfd_write(self._wake, 1)
 
     def _read_timer(self) -> None:
         with suppress(BlockingIOError):
