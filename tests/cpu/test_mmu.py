@@ -467,18 +467,6 @@ def test_page_flush_drops_the_whole_large_page(level: int, reach: int) -> None:
     assert guest.p.tlb(0x5000)[0]
 
 
-def test_write_protection_by_host_page() -> None:
-    guest = Guest(4)
-    for lin in (0x5000, 0x6000):
-        guest.map(lin, 0x7000)
-        guest.p.fill(lin, WRITE)
-    guest.map(0x8000, 0x8000)
-    guest.p.fill(0x8000, WRITE)
-    guest.p.write_protect(0x7000)
-    assert guest.p.tlb(0x5000) == guest.p.tlb(0x6000) == (True, False)
-    assert guest.p.tlb(0x8000) == (True, True)
-
-
 def test_fetch_checks_privilege_anew() -> None:
     guest = Guest(4)
     guest.map(0x5000, 0x7000, P | W)
