@@ -46,6 +46,8 @@ from pyhyve.vmm.vm import State, Suspend, Vm
 
 _PANIC_GRACE_NS: Final = 2_000_000_000
 """After a panic's first line the guest may go on printing this long; then it is stopped if it has not ended itself."""
+_FLUSH_NS: Final = 2_000_000
+"""How long the guest's output may wait for the end of its line."""
 _PIC_PORTS: Final = 2
 
 
@@ -104,7 +106,8 @@ class Machine:
             self.vm.on_suspend = self._on_suspend
             for index, cpus in config.pins.items():
                 self.vm.vcpus[index].pin(cpus)
-            self.watch = ConsoleWatch(console.write, self._on_panic)
+            self._flush_armed = False
+            self.watch = ConsoleWatch(console.write, self._on_panic, self._flush_soon)
             self._build()
             undo.pop_all()
         self.vcpus = [VcpuView(self.vm, vcpu) for vcpu in self.vm.vcpus]
@@ -253,6 +256,7 @@ class Machine:
                 return self.outcome
             ended = self.vm.join()
             self.com1.close()
+            self.watch.flush()
             self.console.stop()
             suspended = self.vm.suspended
             assert suspended is not None
@@ -327,6 +331,16 @@ class Machine:
         self.quit_reason = reason
         # A signal handler may have interrupted its own thread anywhere: another one does the work.
         self.vm.events.call_soon(lambda: self.vm.suspend(Suspend.REQUEST, detail=reason.value))
+
+    def _flush_soon(self) -> None:
+        """The guest began to print: pass it on before long, whether or not it ends its line."""
+        if not self._flush_armed:
+            self._flush_armed = True
+            self.vm.timers.call_at(self.vm.clock.now() + _FLUSH_NS, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_armed = False
+        self.watch.flush()
 
     def _on_panic(self, last: bool) -> None:
         """The guest's console shows a panic: let it finish its report, then stop it unless it restarts by itself."""

@@ -77,21 +77,44 @@ _PANIC_END: Final = "---[ end Kernel panic"
 _HALTED: Final = "reboot: System halted"
 _TIMESTAMP: Final = re.compile(r"^\[\s*\d+\.\d+\]\s*")
 _LINE_LIMIT: Final = 4096
+_GATHER_LIMIT: Final = 512
 
 
 class ConsoleWatch:
-    """Reads along what the guest prints: its own word on why it ends. `on_panic(last)` is called on the panic's first
-    line, and with `last` on the line that ends its report."""
+    """Passes on what the guest prints, and reads along: the guest's own word on why it ends.
 
-    def __init__(self, sink: Callable[[bytes], None], on_panic: Callable[[bool], None]) -> None:
+    A guest writes a byte at a time: they are gathered to the end of a line, or until `flush()`; `on_idle` is called at
+    the first, to see to that. `on_panic(last)` is called on a panic's first line, and with `last` on the one that ends
+    its report.
+    """
+
+    def __init__(
+        self, sink: Callable[[bytes], None], on_panic: Callable[[bool], None], on_idle: Callable[[], None]
+    ) -> None:
         self._sink = sink
         self._on_panic = on_panic
+        self._on_idle = on_idle
+        self._pending = bytearray()
         self._line = bytearray()
         self.panic: str | None = None
         self.halted = False
         self.last_line = ""
 
     def write(self, data: bytes) -> None:
+        """Take output from the guest. Called by one thread at a time, as `flush` is."""
+        pending = self._pending
+        if not pending:
+            self._on_idle()
+        pending += data
+        if data == b"\n" or len(pending) >= _GATHER_LIMIT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on what was gathered."""
+        data = bytes(self._pending)
+        if not data:
+            return
+        self._pending.clear()
         self._sink(data)
         line = self._line
         line += data
