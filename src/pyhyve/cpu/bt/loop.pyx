@@ -147,6 +147,7 @@ cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
     cdef int r
     v.rip = m.rip
     v.n.microcode += 1
+    (<Cache*>v.cache).micro_ops[((m.insn.map & 3) << 8) | m.insn.opcode] += 1
     r = microcode(v, &m.insn)
     if r != R_OK:
         v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
@@ -363,6 +364,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             micro = <MicroMeta*>v.leave_arg
             insn = micro.insn
             v.n.microcode += 1
+            c.micro_ops[((insn.map & 3) << 8) | insn.opcode] += 1
             if insn.cls == C_INVALID:
                 _fault(v, 6, 0)
                 r = R_FAULT

@@ -690,6 +690,10 @@ cdef class BtVcpu:
             "code_bytes": <uint64_t>(self.c.at - self.c.start),
         }
 
+    def microcode_by_opcode(self):
+        """Instructions run in microcode, by map << 8 | opcode (map 1: 0F, 2: 0F 38, 3: 0F 3A)."""
+        return {n: self.c.micro_ops[n] for n in range(1024) if self.c.micro_ops[n]}
+
     def message(self):
         cdef uint64_t q = self.v.exit.qualification
         if 0x100 <= q < 0x200:
