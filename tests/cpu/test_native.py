@@ -6,10 +6,10 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import native
+import window
 import pytest
 from iced_x86 import Decoder, RflagsBits
-from native import DATA, DATA_SIZE, REGS, SLOT, Case, State
+from window import DATA, DATA_SIZE, REGS, SLOT, Case, State
 
 from pyhyve.cpu import exits
 from pyhyve.cpu.processor import Segment
@@ -91,7 +91,7 @@ class Guest:
 
 def differences(case: Case, got: State, want: State) -> list[str]:
     found = [f"{name}: {a:#x}, native {b:#x}" for name, a, b in zip(REGS, got.regs, want.regs, strict=True) if a != b]
-    mask = native.FLAGS & ~case.undefined
+    mask = window.FLAGS & ~case.undefined
     if (got.flags ^ want.flags) & mask:
         found.append(f"flags: {got.flags & mask:#x}, native {want.flags & mask:#x}")
 
@@ -123,7 +123,7 @@ def guest() -> Iterator[Guest]:
 def check(guest: Guest, cases: list[Case]) -> tuple[int, list[str]]:
     ran = 0
     failures = []
-    for case, want in zip(cases, native.run_native(cases), strict=True):
+    for case, want in zip(cases, window.run_native(cases), strict=True):
         if want is None:
             continue
         ran += 1
@@ -143,7 +143,7 @@ def test_random_instructions_do_as_on_the_host(guest: Guest) -> None:
     total = int(os.environ.get("PYHYVE_FUZZ_N", "3000"))
     ran = 0
     while ran < total:
-        some, failures = check(guest, [native.make_case(rng, decode, undefined_of) for _ in range(250)])
+        some, failures = check(guest, [window.make_case(rng, decode, undefined_of) for _ in range(250)])
         assert not failures, "\n".join(failures[:10])
         assert some > 50, "nearly every native run faulted"
         ran += some
