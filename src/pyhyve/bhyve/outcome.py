@@ -106,7 +106,7 @@ class ConsoleWatch:
         if not pending:
             self._on_idle()
         pending += data
-        if data == b"\n" or len(pending) >= _GATHER_LIMIT:
+        if b"\n" in data or len(pending) >= _GATHER_LIMIT:
             self.flush()
 
     def flush(self) -> None:

@@ -1,0 +1,77 @@
+"""What a machine may be made of, and how users write it."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pyhyve.base.errors import UsageError
+from pyhyve.bhyve.config import MachineConfig, format_size, parse_pin, parse_size
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("256M", 256 * MIB),
+        ("256m", 256 * MIB),
+        ("256MB", 256 * MIB),
+        ("256MiB", 256 * MIB),
+        ("1G", 1024 * MIB),
+        ("1.5G", 1536 * MIB),
+        ("2T", 2048 * 1024 * MIB),
+        ("65536K", 64 * MIB),
+        ("256", 256 * MIB),
+        ("268435456", 256 * MIB),
+        (" 64M ", 64 * MIB),
+        ("512B", 512),
+    ],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "x", "-1M", "1Q", "1 2", "0x100", "1e3", "1.M", "٣M"])
+def test_what_is_no_size_is_one_line(text):
+    with pytest.raises(UsageError) as caught:
+        parse_size(text)
+    assert str(caught.value).startswith(f"-m {text}: not a size; ")
+
+
+def test_sizes_are_shown_as_they_are_written():
+    assert [format_size(n) for n in (256 * MIB, 1536 * MIB, 3 << 40, 4096)] == ["256M", "1.5G", "3T", "4K"]
+
+
+def test_pinning():
+    assert parse_pin("3:1") == (3, 1)
+    with pytest.raises(UsageError, match="-p 3: not a pinning"):
+        parse_pin("3")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"memory": 0}, "-m 0K: too little memory"),
+        ({"memory": MIB}, "-m 1M: too little memory"),
+        ({"memory": 64 * MIB + 1}, "not a multiple of 4096"),
+        ({"cpus": 0}, "-c 0: a machine has 1 to"),
+        ({"cpus": 255}, "-c 255"),
+        ({"name": ""}, "--name '': not a name"),
+        ({"name": "../x"}, "--name '../x'"),
+        ({"name": "x" * 65}, "not a name"),
+        ({"hang_seconds": -1.0}, "--hang -1"),
+        ({"pins": {1: frozenset((0,))}}, "-p 1: there is no such vCPU"),
+        ({"pins": {0: frozenset((4095,))}}, "-p 0:4095: no such host CPU"),
+    ],
+)
+def test_what_cannot_be_is_one_line(values, message):
+    with pytest.raises(UsageError) as caught:
+        MachineConfig(kernel=Path("vmlinuz"), **values)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_are_a_small_machine():
+    config = MachineConfig(kernel=Path("vmlinuz"), pins={0: frozenset((min(os.sched_getaffinity(0)),))})
+    assert (config.memory, config.cpus, config.processor) == (256 * MIB, 1, "auto")
