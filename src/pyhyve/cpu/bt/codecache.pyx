@@ -135,11 +135,13 @@ cdef void inbox_process(Cache* c) noexcept nogil:
             _drop_own(v, c, m.hva, m.length)
         elif m.hva:
             _protect(v, m.hva)
-    if inbox.overflow:
-        inbox.overflow = 0
+    if inbox.drop_all:
+        inbox.drop_all = 0
         for k in range(c.pages_used):
             if c.pages[k].chunks:
                 _drop_page(v, c, &c.pages[k])
+    if inbox.protect_all:
+        inbox.protect_all = 0
         for k in range(BANKS * TLB_ENTRIES):
             v.tlb[k].tag_w = tlb_invalid(<uint32_t>k & (TLB_ENTRIES - 1))
     inbox.n = 0
@@ -260,6 +262,7 @@ cdef void _tell_others(Cache* c, uint64_t page) noexcept nogil:
     """Let every other vCPU pass a safe point; `page`, where not 0, they protect."""
     cdef uint64_t tickets[SHARED_VCPUS]
     cdef uint32_t k
+    cdef uint32_t spins = 0
     for k in range(c.shared.n_vcpus):
         tickets[k] = 0
         if <int>k != c.me and c.shared.inboxes[k] != NULL:
@@ -267,7 +270,11 @@ cdef void _tell_others(Cache* c, uint64_t page) noexcept nogil:
     for k in range(c.shared.n_vcpus):
         while tickets[k] and c.shared.inboxes[k] != NULL and waiting_for(c.shared.inboxes[k], tickets[k]):
             inbox_process(c)
-            cpu_relax()
+            spins += 1
+            if spins & 63:
+                cpu_relax()
+            else:
+                cpu_yield()
 
 
 cdef int _add_to_page(Cache* c, uint64_t page, uint64_t chunks, CodePage** out) noexcept nogil:

@@ -8,7 +8,7 @@ from pyhyve.cpu.bt.codecache cimport *
 from pyhyve.cpu.bt.decode cimport C_COPY, C_INVALID, Insn
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
-from pyhyve.cpu.bt.shared cimport set_in_guest
+from pyhyve.cpu.bt.shared cimport cpu_yield, set_in_guest
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport *
 
@@ -148,6 +148,11 @@ cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
     v.rip = m.rip
     v.n.microcode += 1
     (<Cache*>v.cache).micro_ops[((m.insn.map & 3) << 8) | m.insn.opcode] += 1
+    if m.insn.opcode == 0x90 and (<Cache*>v.cache).shared.n_vcpus > 1:
+        # PAUSE: the vCPU that is waited for may have no host processor
+        (<Cache*>v.cache).pauses += 1
+        if ((<Cache*>v.cache).pauses & 31) == 0:
+            cpu_yield()
     r = microcode(v, &m.insn)
     if r != R_OK:
         v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT

@@ -620,7 +620,6 @@ cdef int system1(Vcpu* v, Insn* i) noexcept nogil:
 
 
 cdef int microcode(Vcpu* v, Insn* i) noexcept nogil:
-    v.n.microcode += 1
     if i.cls == C_BRANCH:
         return branch(v, i)
     if i.cls == C_STACK:

@@ -294,7 +294,6 @@ cdef int event_interrupt(Vcpu* v, uint32_t vector, bint software, bint has_error
     # Of exceptions, only those with an error code and #DE are more than benign.
     cdef bint exception = has_error or (not software and vector == DE)
     cdef int r
-    v.n.interrupts += 1
     if exception:
         flags |= F_RF
     r = deliver(v, vector, software, has_error, <uint32_t>error, v.rip, flags)

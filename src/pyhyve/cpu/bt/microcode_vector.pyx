@@ -34,6 +34,11 @@ cdef extern from *:
     static inline void bt_frstor16(uint64_t at) { BT_AT("data16 frstor", at); }
     static inline void bt_ldmxcsr(uint64_t at) { BT_AT("ldmxcsr", at); }
     static inline void bt_stmxcsr(uint64_t at) { BT_AT("stmxcsr", at); }
+    static inline uint32_t bt_fnstsw(void) {
+        uint16_t status;
+        __asm__ __volatile__("fnstsw %0" : "=a"(status));
+        return status;
+    }
     #define BT_REG(insn, n) case n: __asm__ __volatile__(insn #n ", (%0)" : : "r"(at) : "memory"); break;
     static inline void bt_get_xmm(int reg, uint64_t at) {
         switch (reg) {
@@ -68,6 +73,7 @@ cdef extern from *:
     void bt_frstor16(uint64_t at) noexcept nogil
     void bt_ldmxcsr(uint64_t at) noexcept nogil
     void bt_stmxcsr(uint64_t at) noexcept nogil
+    uint32_t bt_fnstsw() noexcept nogil
     void bt_get_xmm(int reg, uint64_t at) noexcept nogil
     void bt_get_mm(int reg, uint64_t at) noexcept nogil
     void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t* out) noexcept nogil
@@ -134,6 +140,11 @@ cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, ui
     if r == R_OK and lin[0] & (align - 1):
         return gp0(v)
     return r
+
+
+cdef inline bint x87_pending() noexcept nogil:
+    """An unmasked x87 exception waits: the next waiting instruction, were it ours, would raise it on the host."""
+    return bt_fnstsw() & 0x80 != 0
 
 
 cdef int fxsave(Vcpu* v, Insn* i) noexcept nogil:
@@ -306,6 +317,8 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
     if r != R_OK:
         return r
     if load:
+        if x87_pending():
+            return fault(v, MF)
         r = mmu_read(v, lin, <void*>at, size, v.bank)
         if r != R_OK:
             return r
@@ -352,6 +365,8 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
         bt_get_xmm(i.reg & 15, <uint64_t>data)
         bt_get_xmm(i.rm & 15, <uint64_t>mask)
     else:
+        if x87_pending():
+            return fault(v, MF)
         bt_get_mm(i.reg & 7, <uint64_t>data)
         bt_get_mm(i.rm & 7, <uint64_t>mask)
     r = linear(v, i.seg, base, n, ACCESS_WRITE, &lin)

@@ -20,13 +20,15 @@ cdef struct SharedPage:
 
 cdef struct Message:
     uint64_t hva
-    uint64_t length         # 0: the page got code: protect it
+    uint64_t length         # of the bytes stored to; 0: the page got code, protect it (no page: only pass by here)
 
 cdef struct Inbox:
     uint32_t lock
     uint32_t in_guest       # 1: its owner may be running guest code
     uint32_t n
-    uint32_t overflow       # messages were lost: drop everything
+    uint32_t protect_all    # messages about pages to protect did not fit: protect all
+    uint32_t drop_all       # messages about stores did not fit: drop all blocks
+    uint32_t pad
     uint64_t done           # messages ever taken
     uint64_t sent           # messages ever put
     uint8_t* poll           # Vcpu.poll of the owner, as bytes
@@ -53,3 +55,5 @@ cdef void inbox_unlock(Inbox* inbox) noexcept nogil
 cdef void set_in_guest(Inbox* inbox, uint32_t value) noexcept nogil
 cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
 cdef void cpu_relax() noexcept nogil
+# Let another thread of the host run: what this one waits for may be waiting for its processor.
+cdef void cpu_yield() noexcept nogil

@@ -18,6 +18,11 @@ cdef extern from *:
     static inline uint64_t bt_load64(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void bt_store8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     static inline void bt_pause(void) { __builtin_ia32_pause(); }
+    /* sched_yield without the C library: the guest's vector state is live */
+    static inline void bt_yield(void) {
+        long r = 24;
+        __asm__ __volatile__("syscall" : "+a"(r) : : "rcx", "r11", "memory");
+    }
     """
     void bt_lock(uint32_t* lock) noexcept nogil
     void bt_unlock(uint32_t* lock) noexcept nogil
@@ -27,6 +32,7 @@ cdef extern from *:
     uint64_t bt_load64(uint64_t* p) noexcept nogil
     void bt_store8(uint8_t* p, uint8_t v) noexcept nogil
     void bt_pause() noexcept nogil
+    void bt_yield() noexcept nogil
 
 
 cdef inline uint64_t _slot(uint64_t page) noexcept nogil:
@@ -109,12 +115,16 @@ cdef void shared_count_write(SharedPage* p) noexcept nogil:
 cdef uint64_t inbox_put(Inbox* to, uint64_t hva, uint64_t length) noexcept nogil:
     cdef uint64_t ticket
     bt_lock(&to.lock)
-    if to.n < INBOX:
+    if length == 0 and hva == 0:
+        pass
+    elif length == 0 and to.n >= INBOX // 2:
+        to.protect_all = 1
+    elif to.n < INBOX:
         to.messages[to.n].hva = hva
         to.messages[to.n].length = length
         to.n += 1
     else:
-        to.overflow = 1
+        to.drop_all = 1
     to.sent += 1
     ticket = to.sent
     bt_unlock(&to.lock)
@@ -141,3 +151,7 @@ cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil:
 
 cdef void cpu_relax() noexcept nogil:
     bt_pause()
+
+
+cdef void cpu_yield() noexcept nogil:
+    bt_yield()
