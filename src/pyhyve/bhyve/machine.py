@@ -18,7 +18,7 @@ from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import build_acpi
 from pyhyve.bhyve.boot.linux import load_linux
 from pyhyve.bhyve.boot.state import BootState
-from pyhyve.bhyve.config import MachineConfig
+from pyhyve.bhyve.config import MachineConfig, format_size
 from pyhyve.bhyve.console import Console, Quit
 from pyhyve.bhyve.lpc.com import ComPort
 from pyhyve.bhyve.lpc.i8042 import I8042
@@ -40,6 +40,7 @@ from pyhyve.vmm.io.vioapic import Vioapic
 from pyhyve.vmm.io.vlapic import Vlapic
 from pyhyve.vmm.io.vpmtmr import Vpmtmr
 from pyhyve.vmm.io.vrtc import Vrtc
+from pyhyve.vmm.memory.arena import host_memory
 from pyhyve.vmm.pins import FabricPin, FanOut
 from pyhyve.vmm.vcpu import Vcpu
 from pyhyve.vmm.vm import State, Suspend, Vm
@@ -120,7 +121,10 @@ class Machine:
 
     def _build(self) -> None:
         vm = self.vm
-        low, high = layout.split_ram(self.config.memory)
+        memory, most = self.config.memory, host_memory()
+        if memory > most:
+            raise UsageError(f"-m {format_size(memory)}: the host has {most >> 20} MiB with swap; ask for that or less")
+        low, high = layout.split_ram(memory)
         vm.map_ram(0, low)
         if high:
             vm.map_ram(layout.HIGH_RAM_BASE, high)
