@@ -20,3 +20,28 @@ def engine(request: pytest.FixtureRequest) -> str:
     if asm.MISSING:
         pytest.skip(asm.MISSING)
     return name
+
+
+@pytest.fixture(params=[3, 0], ids=["user", "kernel"])
+def run(request: pytest.FixtureRequest, engine: str) -> harness.Runner:
+    """Unprivileged code in user mode and in kernel mode."""
+    return harness.Runner(engine, request.param)
+
+
+def pytest_report_header() -> str | None:
+    reason = harness.paravirtual("kvm")
+    return f"kvm: {reason}, so unprivileged code runs on it in user mode alone" if reason else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what a para-virtual KVM would emulate in the kernel: it is not the processor that is to be tested."""
+    if not harness.paravirtual("kvm"):
+        return
+    left_out = []
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if params.get("engine") == "kvm" and 0 in (params.get("run"), params.get("cpl")):
+            left_out.append(item)
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)

@@ -128,6 +128,19 @@ def engine_called(name: str) -> Processor | str:
         return str(error)
 
 
+@cache
+def paravirtual(name: str) -> str | None:
+    """Not None where the engine is a para-virtual KVM: one that emulates ring 0, many instructions at a time, without
+    vector state, and cannot offset the TSC."""
+    if name != "kvm" or isinstance(engine_called(name), str):
+        return None
+    with Machine(name) as machine:
+        machine.write(CODE, b"\x0f\x31\xf4")  # RDTSC; HLT
+        machine.vcpu.set("tsc_offset", 1 << 50)
+        machine.run()
+        return None if machine.vcpu.get("rdx") >> 18 else "this host's KVM is para-virtual and emulates ring 0"
+
+
 def cpuid_table(xcr0: int) -> list[CpuidEntry]:
     """A plain 64-bit processor of the host's vendor, with AVX where `xcr0` has it."""
     amd = "AuthenticAMD" in host_flags()
@@ -319,6 +332,11 @@ class Machine:
     def read_int(self, gpa: int, length: int = 8) -> int:
         return int.from_bytes(self.read(gpa, length), "little")
 
+    def read_linear(self, address: int, length: int) -> bytes:
+        """Guest memory by linear address, within a page; zeroes where nothing is mapped."""
+        gpa = self.vcpu.translate(address)
+        return bytes(length) if gpa is None or gpa + length > MEMORY_SIZE else self.read(gpa, length)
+
     def protect(self, page: int, entry: int) -> None:
         """Make `entry` (flags included) the leaf of a 4 KiB page below 2 MiB. Only before the guest runs."""
         size = 8 if self.mode == "long64" else 4
@@ -380,12 +398,12 @@ class Machine:
         rsp = vcpu.get("rsp")
         cr2 = vcpu.get("cr2")
         if self.mode == "real16":
-            vector, ip, cs, flags = struct.unpack("<4H", self.read(vcpu.get_segment("ss").base + rsp, 8))
+            vector, ip, cs, flags = struct.unpack("<4H", self.read_linear(vcpu.get_segment("ss").base + rsp, 8))
             return Fault(vector, 0, ip, cs, flags, rsp + 8, vcpu.get_segment("ss").selector, cr2)
         if self.mode == "long64":
-            vector, error, rip, cs, rflags, old_rsp, ss = struct.unpack("<7Q", self.read(rsp, 56))
+            vector, error, rip, cs, rflags, old_rsp, ss = struct.unpack("<7Q", self.read_linear(rsp, 56))
             return Fault(vector, error, rip, cs, rflags, old_rsp, ss, cr2)
-        vector, error, eip, cs, eflags, esp, ss = struct.unpack("<7I", self.read(rsp, 28))
+        vector, error, eip, cs, eflags, esp, ss = struct.unpack("<7I", self.read_linear(rsp, 28))
         if not cs & 3:
             esp, ss = rsp + 20, KDATA
         return Fault(vector, error, eip, cs & 0xFFFF, eflags, esp, ss & 0xFFFF, cr2)
@@ -400,7 +418,7 @@ class Machine:
         if ended == "fault":
             frame = self.fault()
             regs["rsp"], regs["rip"], result.rflags = frame.rsp, frame.rip, frame.rflags
-            if frame.vector == 6 and self.read(frame.rip % ALIAS % MEMORY_SIZE, len(USER_END)) == USER_END:
+            if frame.vector == 6 and self.read_linear(frame.rip, len(USER_END)) == USER_END:
                 result.exit = "done"
                 result.rflags &= ~RF
             else:
@@ -464,3 +482,16 @@ def run_asm(
             setup(machine)
 
     return run_code(engine_name, code, regs, memory, mode, cpl, max_ms, prepare, paging, hook)
+
+
+class Runner:
+    """Runs 64-bit assembly on one engine at one privilege level."""
+
+    def __init__(self, engine_name: str, cpl: int) -> None:
+        self.engine = engine_name
+        self.cpl = cpl
+
+    def __call__(
+        self, source: str, regs: Mapping[str, int] | None = None, memory: Mapping[int, bytes] | None = None
+    ) -> Outcome:
+        return run_asm(self.engine, source, regs, memory, cpl=self.cpl)

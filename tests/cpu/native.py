@@ -1,261 +1,120 @@
-"""Running instructions on the host itself, as the oracle of the software processor.
+"""The host's own processor as an oracle: run the bytes of a small user-mode program on it.
 
-A fixed window of low addresses is mapped in this process; the same addresses are mapped for the guest. So the same
-bytes, with the same pointers, run on both. The native side runs in a forked child: what faults there is skipped.
+The program sees the same linear addresses as in a guest of the harness (8 MiB at ALIAS), so registers, flags, memory
+and vector state can be compared whole. It runs in a child process, so that a fault is no more than an error.
 """
 
 import ctypes
 import faulthandler
 import mmap
 import os
-import random
 import struct
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import cache
+from typing import Final
 
 from asm import assemble
+from harness import ALIAS, CODE, DF, MEMORY_SIZE, STATUS
 
-BASE: Final = 0x3000_0000
-CONTEXT: Final = BASE
-RUNNER: Final = BASE + 0x1000
-BACK: Final = BASE + 0x2000
-DATA: Final = BASE + 0x10_0000
-DATA_SIZE: Final = 0x4000
-CODE: Final = BASE + 0x20_0000
-SLOT: Final = 256
-SIZE: Final = 0x40_0000
+from pyhyve.cpu.processor import GPR_NAMES
 
 MAP_FIXED_NOREPLACE: Final = 0x100000
-REGS: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-XSAVE: Final = 832
-FLAGS: Final = 0x8D5
-C_COPY: Final = 1
-A_MEM, A_MOFFS, A_NO_ACCESS, A_BITOFF, A_REG_GPR = 2, 256, 512, 1024, 4
-P_SEG: Final = 32
+
+# Where the trampoline lives, behind what programs use.
+TRAMPOLINE: Final = ALIAS + 0x70_0000
+REGS: Final = ALIAS + 0x70_1000
+FLAGS: Final = REGS + 16 * 8
+ENTRY: Final = FLAGS + 8
+EXIT: Final = ENTRY + 8
+HOST_STACK: Final = EXIT + 8
+FX_AREA: Final = ALIAS + 0x70_2000
+HOST_FX_AREA: Final = ALIAS + 0x70_2400
+
+NATIVE_END: Final = b"\xff\x24\x25" + struct.pack("<I", EXIT)
+"""JMP [EXIT]: how a program ends here; harness.USER_END is how it ends in a guest."""
+
+TRAMPOLINE_SOURCE: Final = f"""
+    push rbx; push rbp; push r12; push r13; push r14; push r15
+    fxsave64 [{HOST_FX_AREA:#x}]
+    mov [{HOST_STACK:#x}], rsp
+    fxrstor64 [{FX_AREA:#x}]
+    push qword ptr [{FLAGS:#x}]
+    popfq
+    {"; ".join(f"mov {name}, [{REGS + 8 * index:#x}]" for index, name in enumerate(GPR_NAMES))}
+    jmp qword ptr [{ENTRY:#x}]
+back:
+    {"; ".join(f"mov [{REGS + 8 * index:#x}], {name}" for index, name in enumerate(GPR_NAMES))}
+    mov rsp, [{HOST_STACK:#x}]
+    pushfq
+    pop qword ptr [{FLAGS:#x}]
+    cld
+    fxsave64 [{FX_AREA:#x}]
+    fxrstor64 [{HOST_FX_AREA:#x}]
+    pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx
+    ret
+.balign 8
+    .quad back
+"""
+
+VECTOR_RESET: Final = struct.pack("<HHBBHQQII", 0x37F, 0, 0, 0, 0, 0, 0, 0x1F80, 0xFFFF) + bytes(512 - 32)
+"""An FXSAVE image of the reset state: FCW 037FH, MXCSR 1F80H."""
 
 
-def _runner() -> tuple[bytes, bytes]:
-    load = "\n".join(f"mov {reg}, [{CONTEXT + 8 * n}]" for n, reg in enumerate(REGS))
-    save = "\n".join(f"mov [{CONTEXT + 8 * n}], {reg}" for n, reg in enumerate(REGS))
-    enter = f"""
-        push rbx; push rbp; push r12; push r13; push r14; push r15
-        mov [{CONTEXT + 0x88}], rsp
-        mov [{CONTEXT + 0x90}], rdi
-        mov eax, 7; xor edx, edx; xrstor64 [{CONTEXT + 0x100}]
-        push qword ptr [{CONTEXT + 0x80}]; popfq
-        {load}
-        jmp qword ptr [{CONTEXT + 0x90}]"""
-    back = f"""
-        {save}
-        mov rsp, [{CONTEXT + 0x88}]
-        pushfq; pop qword ptr [{CONTEXT + 0x80}]
-        mov eax, 7; xor edx, edx; xsave64 [{CONTEXT + 0x100}]
-        cld; vzeroupper; fninit
-        pop r15; pop r14; pop r13; pop r12; pop rbp; pop rbx; ret"""
-    return assemble(enter, RUNNER), assemble(back, BACK)
+@dataclass
+class NativeResult:
+    regs: dict[str, int]
+    rflags: int
+    memory: dict[int, bytes]
 
 
-class Window:
-    """The window in this process: memory, and a way to run code in it."""
-
-    def __init__(self) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-        flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
-        at = libc.mmap(BASE, SIZE, 7, flags, -1, 0)
-        if at != BASE:
-            raise OSError(ctypes.get_errno(), "cannot map the window")
-        self.view = memoryview((ctypes.c_ubyte * SIZE).from_address(BASE)).cast("B")
-        enter, back = _runner()
-        self.write(RUNNER, enter)
-        self.write(BACK, back)
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_uint64)(RUNNER)
-
-    def write(self, address: int, data: bytes) -> None:
-        self.view[address - BASE : address - BASE + len(data)] = data
-
-    def read(self, address: int, length: int) -> bytes:
-        return bytes(self.view[address - BASE : address - BASE + length])
-
-    def run(self, address: int, state: "State") -> "State":
-        self.write(CONTEXT, struct.pack("<17Q", *state.regs, state.flags))
-        self.write(CONTEXT + 0x100, state.xsave)
-        self.write(DATA, state.data)
-        self._call(address)
-        values = struct.unpack("<17Q", self.read(CONTEXT, 136))
-        return State(list(values[:16]), values[16], self.read(CONTEXT + 0x100, XSAVE), self.read(DATA, DATA_SIZE))
+@cache
+def window() -> int:
+    """The 8 MiB at ALIAS, writable and executable; 0 if something of this process is there already."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    flags = mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    got = libc.mmap(ALIAS, MEMORY_SIZE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC, flags, -1, 0)
+    if got != ALIAS:
+        return 0
+    ctypes.memmove(ALIAS, bytes(MEMORY_SIZE), MEMORY_SIZE)
+    code = assemble(TRAMPOLINE_SOURCE, TRAMPOLINE)
+    ctypes.memmove(TRAMPOLINE, code, len(code))
+    ctypes.memmove(EXIT, code[-8:], 8)
+    return ALIAS
 
 
-@dataclass(slots=True)
-class State:
-    """What an instruction can change: general registers, RFLAGS, XSAVE area, the data window."""
-
-    regs: list[int]
-    flags: int
-    xsave: bytes
-    data: bytes
+def missing() -> str | None:
+    """Why there is no oracle here, or None."""
+    return None if window() else f"{ALIAS:#x} is not free in this process"
 
 
-@dataclass(slots=True)
-class Case:
-    """A few instructions and the state they start from."""
+def run_native(code: bytes, regs: Mapping[str, int], rflags: int, memory: Mapping[int, bytes]) -> NativeResult:
+    """Run code, linked for ALIAS + CODE, with all registers, status flags and memory (by offsets in the window) given.
 
-    code: bytes
-    state: State
-    undefined: int
-    """RFLAGS bits that the last writer leaves undefined."""
-    address: int
-    """Where the code stands, here and in the guest."""
-
-
-def _mov_imm(reg: int, value: int) -> bytes:
-    return bytes([0x48 | reg >> 3, 0xB8 | reg & 7]) + struct.pack("<Q", value % (1 << 64))
-
-
-_OPMASK: Final = {(1, op) for op in (*range(0x41, 0x4C), *range(0x90, 0x94), 0x98, 0x99)} | {
-    (3, op) for op in range(0x30, 0x34)
-}
-"""AVX-512's mask instructions, VEX-encoded: guests get #UD."""
-
-
-def _excluded(insn: dict[str, Any]) -> bool:
-    """Instructions that need not agree, or that may fault whatever they are given."""
-    op, reg = insn["opcode"], insn["reg"] & 7
-    if insn["enc"] == 2:
-        return True
-    if insn["enc"] == 1 and (insn["map"], op) in _OPMASK:
-        return True
-    if insn["map"] == 0:
-        if op in (0xF6, 0xF7) and reg in (6, 7):
-            return True  # DIV, IDIV
-        return op == 0xD9 and insn["mod"] != 3 and reg == 5  # FLDCW
-    if insn["map"] == 1:
-        # LDMXCSR, STMXCSR are tested apart; RDRAND, RDSEED; MMX/x87 mixtures are fine
-        return (op == 0xAE and insn["mod"] != 3 and reg == 2) or (op == 0xC7 and insn["mod"] == 3)
-    return False
-
-
-def random_insn(rng: random.Random, decode: Any) -> tuple[bytes, dict[str, Any]]:
-    """A random instruction that the translator copies."""
-    while True:
-        shape = rng.random()
-        prefix = b""
-        if rng.random() < 0.15:
-            prefix += bytes([0x66])
-        if rng.random() < 0.08:
-            prefix += bytes([rng.choice((0xF2, 0xF3))])
-        if rng.random() < 0.03:
-            prefix += bytes([0xF0])
-        if rng.random() < 0.03:
-            prefix += bytes([0x67])
-        rex = bytes([0x40 | rng.randrange(16)]) if rng.random() < 0.7 else b""
-        tail = rng.randbytes(12)
-        if shape < 0.4:
-            code = prefix + rex + tail
-        elif shape < 0.7:
-            code = prefix + rex + b"\x0f" + tail
-        elif shape < 0.8:
-            code = prefix + rex + b"\x0f" + bytes([rng.choice((0x38, 0x3A))]) + tail
-        elif shape < 0.9:
-            code = b"\xc5" + tail
-        else:
-            code = b"\xc4" + bytes([rng.randrange(8) << 5 | rng.choice((1, 2, 3))]) + tail
-        insn = decode(code[:15], 64)
-        if insn is None or insn["length"] <= 0 or insn["cls"] != C_COPY or insn["prefixes"] & P_SEG:
-            continue
-        if insn["attr"] & A_MOFFS or _excluded(insn):
-            continue
-        return code[: insn["length"]], insn
-
-
-def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
-    """One to six random instructions; each memory operand points into the data window."""
-    code = b""
-    undefined = 0
-    for _ in range(rng.randint(1, 6)):
-        while True:
-            bytes_, insn = random_insn(rng, decode)
-            setup = b""
-            if insn["attr"] & A_MEM and not insn["attr"] & A_NO_ACCESS:
-                base, index = insn["base"], insn["index"]
-                if base > 15 or base == index:
-                    continue
-                offset = rng.randrange(0x40, DATA_SIZE // 64 - 0x40) * 64
-                vector = insn["enc"] or insn["map"] >= 1
-                if not vector and rng.random() < 0.4:
-                    # anywhere, page ends too
-                    offset = rng.choice((0x1000, 0x2000, 0x3000)) - rng.randrange(16)
-                target = DATA + offset - insn["disp"]
-                if index <= 15:
-                    value = rng.getrandbits(rng.choice((4, 8, 31, 64)))
-                    setup += _mov_imm(index, value)
-                    target -= value * insn["scale"]
-                if insn["addrsize"] == 4:
-                    target %= 1 << 32
-                setup += _mov_imm(base, target)
-                if insn["attr"] & A_BITOFF:
-                    if insn["reg"] in (base, index):
-                        continue
-                    setup += _mov_imm(insn["reg"], rng.randrange(-4096, 4096))
-            killed, unknown, read = undefined_of(bytes_)
-            # a shift by CL may leave all flags as they were: only what is overwritten for sure is known again
-            killed &= sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if insn["flags_killed"] >> n & 1)
-            if not read & undefined:
-                break
-        code += setup + bytes_
-        undefined = undefined & ~killed | unknown
-    xsave = bytearray(XSAVE)
-    xsave[0:2] = b"\x7f\x03"
-    xsave[24:28] = struct.pack("<I", 0x1F80)
-    xsave[32:416] = rng.randbytes(384)
-    xsave[512] = 7
-    xsave[576:832] = rng.randbytes(256)
-    for n in range(8):
-        xsave[32 + 16 * n + 10 : 48 + 16 * n] = bytes(6)
-    regs = [rng.choice((rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1 - rng.getrandbits(4))) for _ in range(16)]
-    flags = 0x202 | rng.getrandbits(12) & FLAGS
-    address = CODE + rng.randrange(4096) * SLOT
-    return Case(code, State(regs, flags, bytes(xsave), rng.randbytes(DATA_SIZE)), undefined, address)
-
-
-def run_native(cases: list[Case]) -> list[State | None]:
-    """The cases' results on this host, None where one faults there. All run in forked children."""
-    window = window_of_process()
-    results: list[State | None] = [None] * len(cases)
-    start = 0
-    while start < len(cases):
-        read_fd, write_fd = os.pipe()
-        pid = os.fork()
-        if pid == 0:
+    The same ranges of memory come back.
+    """
+    assert window()
+    for at, data in ((CODE, code + NATIVE_END), *memory.items()):
+        ctypes.memmove(ALIAS + at, data, len(data))
+    words = struct.pack("<18Q", *(regs[name] for name in GPR_NAMES), rflags | 0x202, ALIAS + CODE)
+    ctypes.memmove(REGS, words, len(words))
+    ctypes.memmove(FX_AREA, VECTOR_RESET, 512)
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
             faulthandler.disable()
-            os.close(read_fd)
-            with os.fdopen(write_fd, "wb") as out:
-                for case in cases[start:]:
-                    back = struct.pack("<i", BACK - case.address - len(case.code) - 5)
-                    window.write(case.address, case.code + b"\xe9" + back)
-                    state = window.run(case.address, case.state)
-                    out.write(struct.pack("<17Q", *state.regs, state.flags) + state.xsave + state.data)
-                    out.flush()
+            ctypes.CFUNCTYPE(None)(TRAMPOLINE)()
             os._exit(0)
-        os.close(write_fd)
-        with os.fdopen(read_fd, "rb") as source:
-            blob = source.read()
-        os.waitpid(pid, 0)
-        size = 136 + XSAVE + DATA_SIZE
-        done = len(blob) // size
-        for n in range(done):
-            piece = blob[n * size : (n + 1) * size]
-            values = struct.unpack("<17Q", piece[:136])
-            results[start + n] = State(list(values[:16]), values[16], piece[136 : 136 + XSAVE], piece[136 + XSAVE :])
-        start += done + 1
-    return results
-
-
-_window: list[Window] = []
-
-
-def window_of_process() -> Window:
-    if not _window:
-        _window.append(Window())
-    return _window[0]
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        raise RuntimeError(f"the program does not end on the host: signal {status & 0x7F}")
+    out = struct.unpack("<17Q", ctypes.string_at(REGS, 17 * 8))
+    return NativeResult(
+        dict(zip(GPR_NAMES, out, strict=False)),
+        out[16] & (STATUS | DF),
+        {at: ctypes.string_at(ALIAS + at, len(data)) for at, data in memory.items()},
+    )

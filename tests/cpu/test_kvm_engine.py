@@ -20,6 +20,7 @@ from harness import (
     Machine,
     Mode,
     engine_called,
+    paravirtual,
 )
 
 from pyhyve.base.errors import HostError
@@ -69,12 +70,9 @@ def spinning() -> Iterator[Machine]:
 
 @pytest.fixture
 def real_hardware() -> None:
-    """Skip where KVM is para-virtual: it emulates ring 0, many instructions at a time, and cannot offset the TSC."""
-    with machine("rdtsc; hlt") as made:
-        made.vcpu.set("tsc_offset", 1 << 50)
-        made.vcpu.run()
-        if not made.vcpu.get("rdx") >> 18:
-            pytest.skip("this host's KVM is para-virtual and emulates ring 0")
+    reason = paravirtual("kvm")
+    if reason:
+        pytest.skip(reason)
 
 
 # -- ports -------------------------------------------------------------------------------------------------------------
