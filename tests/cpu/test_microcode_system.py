@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import asm
@@ -413,3 +414,41 @@ def test_masked_store_writes_chosen_bytes(m: Machine) -> None:
     assert m.run("fxrstor64 [rsi]", "maskmovdqu xmm0, xmm1") == probe.OK  # byte 15 is not chosen
     m.p.set(rdi=DATA + 0x2FF2)
     assert m.run("fxrstor64 [rsi]", "maskmovdqu xmm0, xmm1") == probe.FAULT
+
+
+def test_pending_x87_exception_is_raised_in_the_guest(m: Machine) -> None:
+    m.p.set(rsi=DATA, rdi=DATA + 64)
+    m.p.poke(DATA, struct.pack("<7I", 0x37E, 1, 0xFFFF, 0, 0, 0, 0))
+    for waiting in ("fldenv [rsi]", "frstor [rsi]"):
+        assert m.run("fldenv [rsi]", waiting) == probe.FAULT
+        assert m.p.fault() == (16, None)
+    assert m.p.run(*(asm.assemble(s, 0) for s in ("fldenv [rsi]", "maskmovq mm0, mm1"))) == probe.FAULT
+    assert m.p.fault() == (16, None)
+    m.ok("fldenv [rsi]", "fnstenv [rdi]")
+
+
+def test_no_image_of_the_guest_makes_the_host_fault(m: Machine) -> None:
+    """Random bytes under every loading instruction: R_OK or a guest fault, never a signal."""
+    rng = random.Random(3)
+    m.p.set(cr4=m.cr4 | 1 << 18, xcr0=7, rsi=DATA, rdx=0)
+    codes = [asm.assemble(s, 0) for s in ("xrstor64 [rsi]", "fxrstor64 [rsi]", "fldenv [rsi]", "frstor [rsi]")]
+    tidy = asm.assemble("fnsave [rdi]", 0)
+    m.p.set(rdi=DATA + 0x8000)
+    loaded = 0
+    for _ in range(4000):
+        image = bytearray(rng.randbytes(1024))
+        if rng.random() < 0.9:
+            image[26:28] = bytes(2)
+        if rng.random() < 0.8:
+            compact = rng.random() < 0.5
+            form = rng.randrange(8)
+            have = rng.randrange(8) & (form if compact else 7)
+            image[512:576] = struct.pack("<8Q", have, (1 << 63 | form) if compact else 0, *([0] * 6))
+        if rng.random() < 0.1:
+            image[rng.randrange(512, 576)] ^= 1 << rng.randrange(8)
+        m.p.poke(DATA, bytes(image))
+        m.p.set(rax=rng.randrange(8))
+        result = m.p.run(tidy, rng.choice(codes))
+        assert result == probe.OK or m.p.fault() == (GP, 0)
+        loaded += result == probe.OK
+    assert loaded > 2000
