@@ -690,6 +690,23 @@ cdef class BtVcpu:
             "code_bytes": <uint64_t>(self.c.at - self.c.start),
         }
 
+    def blocks(self):
+        """Every block in the cache: (host address, bytes of hot code, guest RIP, guest bytes, mode), for profiling."""
+        cdef uint64_t i
+        cdef Block* b
+        found = []
+        for i in range(self.c.pool_used):
+            b = &self.c.pool[i]
+            if b.mode != ~<uint64_t>0:
+                found.append((<uint64_t>b.entry_ind, b.end - b.entry_ind, b.rip, b.guest_len, b.mode))
+        return found
+
+    def host_code(self, uint64_t address, uint64_t length):
+        """`length` bytes of the code cache at a host address that `blocks` gave."""
+        if address < <uint64_t>self.c.rx or address + length > <uint64_t>self.c.rx + self.c.size:
+            raise ValueError("not in the code cache")
+        return (<char*>address)[:length]
+
     def microcode_by_opcode(self):
         """Instructions run in microcode, by map << 8 | opcode (map 1: 0F, 2: 0F 38, 3: 0F 3A)."""
         return {n: self.c.micro_ops[n] for n in range(1024) if self.c.micro_ops[n]}
