@@ -66,7 +66,7 @@ $(VENV_STAMP):
 
 $(DEPS_STAMP): $(VENV_STAMP) pyproject.toml
 	@echo "make: installing what pyhyve needs"
-	@$(BIN)/python tools/requirements.py build run > $(VENV)/requirements.txt
+	@$(BIN)/python tools/requirements.py build run bench > $(VENV)/requirements.txt
 	@$(PIP) install --requirement $(VENV)/requirements.txt
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Print what pyproject.toml asks for, one requirement a line: `requirements.py build run test`."""
+"""Print what pyproject.toml asks for, one requirement a line: `requirements.py build run bench test`."""
 
 import sys
 import tomllib
@@ -10,7 +10,7 @@ def main(kinds: list[str]) -> int:
     wanted = {
         "build": project["build-system"]["requires"],
         "run": project["project"]["dependencies"],
-        "test": project["project"]["optional-dependencies"]["test"],
+        **project["project"]["optional-dependencies"],
     }
     for kind in kinds:
         print("\n".join(wanted[kind]))
