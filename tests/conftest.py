@@ -6,6 +6,7 @@ import pytest
 
 from pyhyve.base.errors import HostError
 from pyhyve.bhyve.boot import guestimage
+from seedrows import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401 (hooks)
 
 
 @pytest.fixture(scope="session")
