@@ -37,6 +37,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     known = rows()
     missing = [row for row in known if row not in config.stash[_SHOWN]]
     terminalreporter.section("rows of docs/design/features.md")
-    terminalreporter.line(f"{len(known) - len(missing)} of {len(known)} have a test{'; without one:' if missing else ''}")
+    terminalreporter.line(
+        f"{len(known) - len(missing)} of {len(known)} have a test{'; without one:' if missing else ''}"
+    )
     for row in missing:
         terminalreporter.line(f"  {row:<4} {known[row]}")
