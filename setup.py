@@ -18,6 +18,7 @@ COMMON += ["-fno-strict-aliasing", "-fwrapv", "-Wno-unreachable-code", "-Wno-unu
 # What generated code calls must leave the guest's vector and x87 registers alone: general registers only, and no
 # loop that the compiler may turn into a call of the C library's (vectorised) memcpy or memset.
 HELPER = [
+    "-msse4.2",  # the CRC32 instruction (on general registers)
     "-mgeneral-regs-only", "-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-builtin", "-fno-tree-vectorize"
 ]
 NO_HELPER = {"pyhyve.cpu.bt.run", "pyhyve.cpu.kvm.engine"}

@@ -22,6 +22,7 @@ cdef enum:
     MODE_NOFP = 64          # CR0.TS or CR0.EM: x87 and vector instructions fault
     MODE_AVX = 256          # CR4.OSXSAVE and XCR0.AVX: VEX-encoded vector instructions are defined
     MODE_SLOW = 512         # one instruction, every memory access through a helper; never kept
+    MODE_SINGLE = 1024      # stack accesses are checked one by one: for frames that lie over a page's end
     MODE_BANK_BITS = 35     # the bits that select a bank (CPL, AC): no flush of ibt[] when only these change
     MODE_CSBASE_SHIFT = 16  # bits 16-47: CS base of 16- and 32-bit code
 
@@ -84,9 +85,15 @@ cdef struct Cache:
     uint8_t* slow
     uint8_t* commit
 
+cdef extern from *:
+    """
+    #define bt_crc32(x) ((unsigned)__builtin_ia32_crc32di(0, (x)))
+    """
+    uint32_t bt_crc32(uint64_t x) noexcept nogil
+
 cdef inline uint32_t ibt_hash(uint64_t rip) noexcept nogil:
-    """The slot of a target within its bank: bits 1-12 of the address and bit 47 (as PEXT with ibt_mask gives it)."""
-    return <uint32_t>(((rip >> 1) & 0xFFF) | ((rip >> 35) & 0x1000))
+    """The slot of a target within its bank: the low bits of its CRC32 (which generated code computes without flags)."""
+    return bt_crc32(rip) & 0x1FFF
 
 cdef bint code_page(Vcpu* v, uint64_t hva) noexcept nogil
 cdef void code_written(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil

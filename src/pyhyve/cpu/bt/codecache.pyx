@@ -149,65 +149,73 @@ cdef void inbox_process(Cache* c) noexcept nogil:
     inbox_unlock(inbox)
 
 
+cdef inline void _note_page(Vcpu* v, uint64_t lin) noexcept nogil:
+    cdef uint64_t n = (lin >> 12) & 0xFFFF
+    v.ibt_pages[n >> 6] |= <uint64_t>1 << (n & 63)
+
+
 cdef void _ibt_flush_all(Vcpu* v) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef uint64_t i
     cdef uint64_t miss = <uint64_t>c.ibt_miss
-    for i in range(BANKS * IBT_ENTRIES):
-        v.ibt[i] = miss
+    if v.n_ibt_used <= 512:
+        for i in range(v.n_ibt_used):
+            v.ibt[v.ibt_used[i]] = miss
+    else:
+        for i in range(BANKS * IBT_ENTRIES):
+            v.ibt[i] = miss
     v.n_ibt_used = 0
-
-
-cdef inline bint _kept(uint64_t slot) noexcept nogil:
-    """True for the slots of supervisor targets in the upper half of the address space."""
-    return slot & 0x1000 and slot // IBT_ENTRIES != BANK_USER
+    v.ibt_low = 0
+    for i in range(1024):
+        v.ibt_pages[i] = 0
 
 
 cdef void ibt_flush(Vcpu* v, int keep_global) noexcept nogil:
-    """Empty the indirect-branch table; with `keep_global` the supervisor's upper half stays."""
+    """Empty the indirect-branch table; with `keep_global` the supervisor's targets stay, if all are in the upper half of
+    the address space (where what a kernel maps is global)."""
     cdef Cache* c = <Cache*>v.cache
-    cdef uint64_t miss, i
+    cdef uint64_t miss, i, slot
+    cdef uint64_t kept = 0
     if c == NULL:
         return
-    if not keep_global:
+    if not keep_global or v.ibt_low:
         _ibt_flush_all(v)
         return
     miss = <uint64_t>c.ibt_miss
     if v.n_ibt_used <= 512:
         for i in range(v.n_ibt_used):
-            if not _kept(v.ibt_used[i]):
-                v.ibt[v.ibt_used[i]] = miss
+            slot = v.ibt_used[i]
+            if slot // IBT_ENTRIES == BANK_USER:
+                v.ibt[slot] = miss
+            else:
+                v.ibt_used[kept] = <uint32_t>slot
+                kept += 1
+        v.n_ibt_used = kept
     else:
-        for i in range(BANKS * IBT_ENTRIES):
-            if not _kept(i):
-                v.ibt[i] = miss
-    v.n_ibt_used = 0
+        for i in range(BANK_USER * IBT_ENTRIES, (BANK_USER + 1) * IBT_ENTRIES):
+            v.ibt[i] = miss
 
 
 cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
-    """A linear page may be mapped otherwise: forget every target in it, and what may straddle into it."""
-    cdef Cache* c = <Cache*>v.cache
-    cdef uint64_t bank, i, at
-    cdef uint64_t miss
-    if c == NULL:
-        return
-    miss = <uint64_t>c.ibt_miss
-    lin &= ~<uint64_t>0xFFF
-    for bank in range(BANKS):
-        if bank == BANK_USER and lin >> 63:
-            continue
-        at = bank * IBT_ENTRIES + ibt_hash(lin)
-        for i in range(0x800):
-            v.ibt[at + i] = miss
-        for i in range(1, 17):
-            v.ibt[bank * IBT_ENTRIES + ibt_hash(lin - i)] = miss
+    """A linear page may be mapped otherwise. Most pages hold no code: only if this one may have, all targets go."""
+    cdef uint64_t n = (lin >> 12) & 0xFFFF
+    if v.cache != NULL and v.ibt_pages[n >> 6] >> (n & 63) & 1:
+        _ibt_flush_all(v)
 
 
 cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil:
+    if v.ibt[b.ibt_slot] == <uint64_t>b.entry_ind:
+        return
     v.ibt[b.ibt_slot] = <uint64_t>b.entry_ind
     if v.n_ibt_used < 512:
         v.ibt_used[v.n_ibt_used] = b.ibt_slot
-    v.n_ibt_used += 1
+    if v.n_ibt_used < 100000:
+        v.n_ibt_used += 1
+    if not b.rip >> 63 and b.ibt_slot // IBT_ENTRIES != BANK_USER:
+        v.ibt_low = 1
+    _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT))
+    if b.straddle:
+        _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT) + 0x1000)
 
 
 cdef Block* block_find(Cache* c, uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil:
@@ -341,6 +349,7 @@ cdef void cache_reset(Cache* c) noexcept nogil:
     c.vcpu.drop_gen += 1
     c.vcpu.n.cache_flushes += 1
     shared_leave_all(c.shared, c.me)
+    c.vcpu.n_ibt_used = BANKS * IBT_ENTRIES     # every slot, the first time too
     _ibt_flush_all(c.vcpu)
 
 

@@ -75,11 +75,13 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     return <uint64_t>v.bounce
 
 
-cdef uint64_t _leave_access(Vcpu* v, int r, uint32_t width) noexcept nogil:
+cdef uint64_t _leave_access(Vcpu* v, int r, int group) noexcept nogil:
     if r == R_EXIT:
         v.leave_reason = LEAVE_EXIT
-    elif r == R_SLOW or width > 8:
-        # a fault of a group of stack accesses is found again, exactly, by the instruction alone
+    elif group:
+        # what one of several accesses met is found again, exactly, by the instruction alone
+        v.leave_reason = LEAVE_SINGLE
+    elif r == R_SLOW:
         v.leave_reason = LEAVE_SLOW
     else:
         v.leave_reason = LEAVE_FAULT
@@ -90,7 +92,8 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     """A TLB miss in a block: returns the host address and goes on, or leaves."""
     cdef uint64_t hva, info
     cdef int r
-    cdef int access = m.access
+    cdef int access = m.access & ~GROUP
+    cdef int group = m.access & GROUP
     cdef int bank = m.bank
     cdef uint32_t width = m.width
     v.rip = m.rip
@@ -99,7 +102,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
         if hva:
             return hva
-        return _leave_access(v, r, width)
+        return _leave_access(v, r, group)
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
         return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF)
@@ -109,7 +112,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             if not code_overlaps(v, hva, width):
                 return hva
             r = R_SLOW
-    return _leave_access(v, r, width)
+    return _leave_access(v, r, group)
 
 
 cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
@@ -294,6 +297,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
     cdef MicroMeta* micro
     cdef int r
     cdef int slow = 0
+    cdef uint64_t single = 0
     cdef int step
     cdef uint8_t* site
     cdef Insn insn
@@ -334,13 +338,14 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             link = NULL
         v.mode_key = mode
         dropped = v.drop_gen
-        r = _block(v, c, mode | MODE_SLOW if slow else mode, &b)
+        r = _block(v, c, mode | MODE_SLOW if slow else mode | single, &b)
         if r == R_SLOW:
             link = NULL
             continue
         if r != R_OK:
             link = NULL
             slow = 0
+            single = 0
             if r == R_EXIT:
                 return v.exit.reason
             if deliver_exception(v) == R_EXIT:
@@ -351,6 +356,8 @@ cdef int _loop(Vcpu* v) noexcept nogil:
         if slow:
             v.shadow = 0
             v.n.slow_insns += 1
+        elif single:
+            single = 0
         else:
             ibt_set(v, b)
             if link != NULL and dropped == v.drop_gen and not b.straddle:
@@ -386,6 +393,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             return v.exit.reason
         elif v.leave_reason == LEAVE_SLOW:
             slow = 1
+            continue
+        elif v.leave_reason == LEAVE_SINGLE:
+            single = MODE_SINGLE
             continue
         else:
             update_bank(v)

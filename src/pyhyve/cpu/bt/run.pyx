@@ -365,7 +365,7 @@ cdef class BtVcpu:
         self.v.vcpu_id = vcpu_id
         self.v.maxphyaddr = 46
         self.v.tlb_mask = (TLB_ENTRIES - 1) << 12
-        self.v.ibt_mask = 0x1FFE | (<uint64_t>1 << 47)
+        self.v.ibt_mask = 0x1FFF
         self.v.page_mask = ~<uint64_t>0xFFF
         self.v.bit_mask[0] = 63
         self.v.bit_mask[1] = 31

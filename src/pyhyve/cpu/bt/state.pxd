@@ -250,6 +250,8 @@ cdef struct Vcpu:
     uint64_t ibt_mode            # the mode (without the bits that choose a bank) for which ibt[] is filled
     uint64_t n_ibt_used          # slots written since the last flush (used[] holds the first 512)
     uint32_t ibt_used[512]
+    uint64_t ibt_low             # the supervisor's table has a target in the lower half
+    uint64_t ibt_pages[1024]     # bit (lin >> 12) & 0xffff: the table may have targets in such a page
     uint64_t drop_gen            # counts dropped blocks' pages: a helper sees whether the running block may be gone
     uint64_t bounce_lin          # pending bounced store of a slow instruction
     uint64_t bounce_len

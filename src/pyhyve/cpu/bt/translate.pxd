@@ -16,6 +16,9 @@ cdef enum:
     LEAVE_FAULT = 5         # v.fault_* at v.rip
     LEAVE_EXIT = 6          # v.exit is filled
     LEAVE_SLOW = 7          # run the instruction at v.rip as a slow block
+    LEAVE_SINGLE = 8        # go on at v.rip with stack accesses checked one by one
+
+    GROUP = 0x80            # in MissMeta.access: several stack accesses checked at once
 
     MAX_INSNS = 48
     MAX_BLOCK_BYTES = 24576  # upper bound of host code that one block takes

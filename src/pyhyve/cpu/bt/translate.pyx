@@ -28,7 +28,8 @@ ends in direct jumps (patched when the target is known, only within a page) or i
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SIZE, MODE_SIZE_SHIFT, MODE_SLOW, Block, Cache,
+    MODE_AC, MODE_AVX, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT, MODE_SLOW,
+    Block, Cache,
     block_new, cache_room, ibt_hash,
 )
 from pyhyve.cpu.bt.decode cimport *
@@ -70,6 +71,7 @@ cdef struct T:
     int size                # 16, 32, 64
     int bank
     int slow
+    int single              # no groups of stack accesses
     int straddle
     int cpl
     uint64_t page           # linear page (RIP page) of the block
@@ -282,7 +284,12 @@ cdef void _go_ibt_r10(T* t) noexcept nogil:
         mov_imm(&t.e, H_T1, LEAVE_BRANCH)
         jmp_rx(&t.e, t.c.leave)
         return
-    pext_gs(&t.e, H_T1, H_T0, OFF(&(<Vcpu*>NULL).ibt_mask))
+    mov_imm(&t.e, H_T1, 0)
+    # crc32 r11, r10: a hash that leaves flags alone
+    e2(&t.e, 0xF2, 0x4D)
+    e3(&t.e, 0x0F, 0x38, 0xF1)
+    e1(&t.e, 0xDA)
+    pext_gs(&t.e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
     # jmp gs:[r11 * 8 + table]
     e3(&t.e, 0x65, 0x42, 0xFF)
     e2(&t.e, 0x24, 0xDD)
@@ -464,7 +471,7 @@ cdef void _access(T* t, int i, int access, uint32_t width, int live) noexcept no
     cdef int32_t tag = table
     cdef int32_t hva = table + OFF(&(<TlbEntry*>NULL).hva)
     cdef uint8_t* site
-    if access == ACCESS_WRITE:
+    if access & ACCESS_WRITE:
         tag += OFF(&(<TlbEntry*>NULL).tag_w)
     if width == 0:
         width = 1
@@ -874,12 +881,12 @@ cdef int _pushes(T* t, int n) noexcept nogil:
     cdef Emit* e = &t.e
     cdef int count = 1
     cdef int k, r
-    if not t.slow:
+    if not t.single:
         while n + count < t.n and count < 8 and _is_push_reg(&t.insns[n + count]) \
                 and t.insns[n + count].rm != RSP and t.insns[n].rm != RSP:
             count += 1
     lea_rd(e, H_T0, H_GSP, -8 * count, 1)
-    _access(t, n, ACCESS_WRITE, 8 * count, t.live[n])
+    _access(t, n, ACCESS_WRITE | (GROUP if count > 1 else 0), 8 * count, t.live[n])
     for k in range(count):
         r = t.insns[n + k].rm
         if special(r):
@@ -900,7 +907,7 @@ cdef int _pops(T* t, int n) noexcept nogil:
     cdef int ret = 0
     cdef int k, r
     cdef Insn* i
-    if not t.slow:
+    if not t.single:
         while n + count < t.n and count < 8 and _is_pop_reg(&t.insns[n + count]):
             count += 1
         if n + count < t.n and count < 8:
@@ -908,7 +915,7 @@ cdef int _pops(T* t, int n) noexcept nogil:
             if i.cls == C_BRANCH and i.map == 0 and i.opcode == 0xC3 and i.opsize == 8:
                 ret = 1
     lea_rd(e, H_T0, H_GSP, 0, 1)
-    _access(t, n, ACCESS_READ, 8 * (count + ret), t.live[n])
+    _access(t, n, ACCESS_READ | (GROUP if count + ret > 1 else 0), 8 * (count + ret), t.live[n])
     for k in range(count):
         r = t.insns[n + k].rm
         if special(r):
@@ -1426,6 +1433,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     t.c = c
     t.mode = mode
     t.slow = 1 if mode & MODE_SLOW else 0
+    t.single = 1 if mode & (MODE_SINGLE | MODE_SLOW) else 0
     t.straddle = 0
     k = (mode & MODE_SIZE) >> MODE_SIZE_SHIFT
     t.size = 16 if k == 0 else (32 if k == 1 else 64)
