@@ -24,25 +24,10 @@ def assemble(source: str, origin: int, bits: int = 64) -> bytes:
         Path(text).write_text(f".intel_syntax noprefix\n.code{bits}\n.text\n{source}\n")
         kind, machine = ("--64", "elf_x86_64") if bits == 64 else ("--32", "elf_i386")
         for command in (
-            ["as", kind, "-mx86-used-note=no", "-o", obj, text],
-            [
-                "ld",
-                "-m",
-                machine,
-                "-N",
-                "--oformat",
-                "binary",
-                "-e",
-                "0",
-                "-Ttext",
-                hex(origin),
-                *places,
-                "-o",
-                out,
-                obj,
-            ],
+            f"as {kind} -mx86-used-note=no -o {obj} {text}",
+            f"ld -m {machine} -N --oformat binary -e 0 -Ttext {origin:#x} {' '.join(places)} -o {out} {obj}",
         ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
             if done.returncode:
                 numbered = "\n".join(f"{n:4} {line}" for n, line in enumerate(source.splitlines(), 4))
                 raise ValueError(f"{done.stderr}\n{numbered}")

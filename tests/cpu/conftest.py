@@ -1,6 +1,7 @@
 """One test runs on every processor: `engine` is each engine's name, skipped with the reason where it cannot run."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def whole(engine: str) -> str:
+    """An engine that runs ring 0 as the manuals say; a para-virtual KVM does not."""
+    reason = harness.paravirtual(engine)
+    if reason:
+        pytest.skip(reason)
+    return engine
+
+
+@pytest.fixture
+def differs(request: pytest.FixtureRequest) -> Callable[[str, str, str], None]:
+    """differs(engine, name, why): from here on the test is known to fail on the engine of that name."""
+
+    def mark(engine: str, name: str, why: str) -> None:
+        if engine == name:
+            request.applymarker(pytest.mark.xfail(reason=f"{name}: {why}", strict=True))
+
+    return mark
