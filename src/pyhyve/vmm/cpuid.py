@@ -101,6 +101,37 @@ _MAX_BASIC: Final = 0x16
 _MAX_EXTENDED: Final = 0x8000_0021
 
 
+_FEATURE_WORDS: Final = {
+    (1, 0): "cd",
+    (7, 0): "bcd",
+    (7, 1): "abcd",
+    (0xD, 1): "a",
+    (0x8000_0001, 0): "cd",
+    (0x8000_0008, 0): "b",
+    (0x8000_0021, 0): "ac",
+}
+"""(leaf, subleaf) → the registers that are feature bits; the rest describes the processor."""
+
+
+def limited(host: CpuidFunction, supported: Sequence[CpuidEntry]) -> CpuidFunction:
+    """Return the host's CPUID with the features that `supported` does not have taken out: an engine's own limits."""
+    limits = {(entry.leaf, entry.subleaf or 0): entry for entry in supported}
+
+    def cpuid(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
+        registers = host(leaf, subleaf)
+        words = _FEATURE_WORDS.get((leaf, subleaf))
+        if words is None:
+            return registers
+        entry = limits.get((leaf, subleaf))
+        masks = (entry.eax, entry.ebx, entry.ecx, entry.edx) if entry is not None else (0, 0, 0, 0)
+        eax, ebx, ecx, edx = (
+            value & mask if word in words else value for value, mask, word in zip(registers, masks, "abcd", strict=True)
+        )
+        return eax, ebx, ecx, edx
+
+    return cpuid
+
+
 @dataclass(frozen=True, slots=True)
 class CpuidPolicy:
     """Makes the CPUID answers of each vCPU of one VM."""

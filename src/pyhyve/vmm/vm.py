@@ -11,13 +11,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from pyhyve.cpu import exits
 from pyhyve.cpu.processor import Capabilities, CpuidEntry, Processor
 from pyhyve.vmm import hostcpu
 from pyhyve.vmm.bus import MmioBus, PortBus
-from pyhyve.vmm.cpuid import CpuidPolicy
+from pyhyve.vmm.cpuid import CpuidPolicy, limited
 from pyhyve.vmm.events import EventLoop
 from pyhyve.vmm.io.apicbus import ApicBus
 from pyhyve.vmm.io.vlapic import APIC_BUS_HZ, Vlapic
@@ -63,6 +63,13 @@ class Suspended:
     detail: str = ""
 
 
+@runtime_checkable
+class LimitsCpuid(Protocol):
+    """An engine that cannot run every feature of the host says so."""
+
+    def supported_cpuid(self) -> Sequence[CpuidEntry]: ...
+
+
 class InterruptController(Protocol):
     """The 8259 pair, as the bootstrap processor sees it."""
 
@@ -96,6 +103,9 @@ class Vm:
         self.ports = PortBus()
         self.mmio = MmioBus()
         self.apic_bus = ApicBus()
+        self._host_cpuid: hostcpu.CpuidFunction = hostcpu.cpuid
+        if isinstance(processor, LimitsCpuid):
+            self._host_cpuid = limited(hostcpu.cpuid, processor.supported_cpuid())
         self.processor = processor.create_vm()
         self._threads: list[threading.Thread] = []
         self._pic: InterruptController | None = None
@@ -116,7 +126,7 @@ class Vm:
     def _make_vcpus(self, cpus: int) -> None:
         rdtsc = hostcpu.rdtsc_function()
         khz = hostcpu.tsc_khz()
-        policy = CpuidPolicy(hostcpu.cpuid, self.capabilities, cpus, khz, APIC_BUS_HZ // 1000)
+        policy = CpuidPolicy(self._host_cpuid, self.capabilities, cpus, khz, APIC_BUS_HZ // 1000)
         self.tsc_khz = khz
         self._tsc_start = rdtsc()
         for index in range(cpus):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pyhyve.cpu.processor import Capabilities
+from pyhyve.cpu.processor import Capabilities, CpuidEntry
 from pyhyve.vmm import hostcpu
-from pyhyve.vmm.cpuid import ARCH_CAPABILITIES_IMMUNE, CpuidPolicy
+from pyhyve.vmm.cpuid import ARCH_CAPABILITIES_IMMUNE, CpuidPolicy, limited
 
 EVERYTHING = 0xFFFF_FFFF
 
@@ -188,6 +188,17 @@ def test_addresses_are_no_wider_than_the_page_tables(vendor):
     entry = table(vendor)[0x8000_0008, None]
     assert entry.eax & 0xFF == 48
     assert entry.eax >> 8 & 0xFF == 48
+
+
+def test_engines_own_limits_are_heeded():
+    supported = [CpuidEntry(1, None, 0, 0, 1 << 0 | 1 << 20, 0x078BFBFF), CpuidEntry(7, 0, 0, 1 << 0, 0, 0)]
+    host = limited(host_with_everything("GenuineIntel"), supported)
+    assert host(1, 0) == (EVERYTHING, EVERYTHING, 1 << 0 | 1 << 20, 0x078BFBFF), "what is no feature stays"
+    assert host(7, 0) == (2, 1, 0, 0)
+    assert host(0x8000_0001, 0)[2:] == (0, 0)
+    policy = CpuidPolicy(host, Capabilities("test", xcr0=0), 1, 2_596_132, 1_000_000)
+    entries = {(entry.leaf, entry.subleaf): entry for entry in policy.entries(0)}
+    assert entries[1, None].ecx == 1 << 0 | 1 << 20 | 1 << 21 | 1 << 24 | 1 << 31
 
 
 def test_host_itself_gives_a_consistent_table():
