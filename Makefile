@@ -86,4 +86,5 @@ $(BUILD_STAMP): $(DEPS_STAMP) setup.py $(NATIVE)
 $(INSTALL_STAMP): $(BUILD_STAMP)
 	@echo "make: installing pyhyve into $(VENV)"
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m compileall -q src/pyhyve
 	@touch $@

@@ -7,7 +7,6 @@ taken over. The file's text (the holder's process id) is for people.
 import fcntl
 import os
 import stat
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +23,7 @@ def runtime_directory() -> Path:
     elif os.geteuid() == 0:
         path = Path("/run/pyhyve")
     else:
-        path = Path(tempfile.gettempdir()) / f"pyhyve-{os.geteuid()}"
+        path = Path("/tmp") / f"pyhyve-{os.geteuid()}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()

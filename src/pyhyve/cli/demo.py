@@ -25,6 +25,9 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Namespace) -> int:
     timeout = None if arguments.timeout is None else seconds(arguments.timeout, "--timeout")
 
+    from pyhyve.vmm import hostcpu
+
+    hostcpu.start_measuring()  # while the rest is loaded
     from pyhyve.bhyve.boot import guestimage
     from pyhyve.bhyve.config import MachineConfig, parse_size
     from pyhyve.bhyve.console import open_console

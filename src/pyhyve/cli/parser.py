@@ -1,7 +1,6 @@
 """argparse with pyhyve's manners: one line for an error, and a guess at what was meant."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable
 from typing import NoReturn
@@ -65,5 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the nearest of the known words, or nothing."""
+    import difflib
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

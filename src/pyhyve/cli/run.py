@@ -70,6 +70,9 @@ def run(arguments: Namespace) -> int:
     except ValueError:
         raise UsageError(f"-c {arguments.cpus}: not a number; write how many processors, for instance -c 2") from None
 
+    from pyhyve.vmm import hostcpu
+
+    hostcpu.start_measuring()  # while the rest is loaded
     from pyhyve.bhyve.config import MachineConfig, parse_pin, parse_size
     from pyhyve.bhyve.console import open_console
     from pyhyve.cli.session import run_machine

@@ -1,6 +1,5 @@
 """One machine run from the command line: signals, the line that tells the outcome, JSON, statistics, exit status."""
 
-import json
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -59,6 +58,8 @@ def _signals(machine: Machine, console: Console) -> Iterator[None]:
 
 
 def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | None, status: int) -> None:
+    import json
+
     document: dict[str, object] = {"name": name, **outcome.to_json(), "exit_status": status}
     if figures is not None:
         document["statistics"] = figures

@@ -7,7 +7,6 @@ it is; bits are named as in Intel SDM vol 2, "CPUID—CPU Identification", and A
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Final
 
 from pyhyve.cpu.processor import Capabilities, CpuidEntry
@@ -132,6 +131,20 @@ def limited(host: CpuidFunction, supported: Sequence[CpuidEntry]) -> CpuidFuncti
     return cpuid
 
 
+def nearest_fraction(numerator: int, denominator: int, limit: int) -> tuple[int, int]:
+    """Return the (numerator, denominator), the latter at most `limit`, next to a fraction: a continued fraction's
+    last convergent that fits."""
+    before, last = (0, 1), (1, 0)
+    while denominator:
+        whole, rest = divmod(numerator, denominator)
+        following = (before[0] + whole * last[0], before[1] + whole * last[1])
+        if following[1] > limit:
+            break
+        before, last = last, following
+        numerator, denominator = denominator, rest
+    return last
+
+
 @dataclass(frozen=True, slots=True)
 class CpuidPolicy:
     """Makes the CPUID answers of each vCPU of one VM."""
@@ -218,8 +231,8 @@ class CpuidPolicy:
 
         # The crystal is the clock of the APIC timer. Linux computes crystal * numerator / denominator in 32 bits.
         crystal = self.apic_bus_khz
-        ratio = Fraction(self.tsc_khz, crystal).limit_denominator(max(1, (1 << 32) // self.tsc_khz - 1))
-        yield CpuidEntry(0x15, None, ratio.denominator, ratio.numerator, crystal * 1000, 0)
+        numerator, denominator = nearest_fraction(self.tsc_khz, crystal, max(1, (1 << 32) // self.tsc_khz - 1))
+        yield CpuidEntry(0x15, None, denominator, numerator, crystal * 1000, 0)
         mhz = round(self.tsc_khz / 1000)
         yield CpuidEntry(0x16, None, mhz, mhz, 100, 0)
 

@@ -8,7 +8,6 @@ import ctypes
 import math
 import mmap
 import os
-import platform
 import time
 from collections.abc import Callable
 from functools import cache
@@ -33,8 +32,9 @@ class _HostCode:
     """The code page and its two entry points."""
 
     def __init__(self) -> None:
-        if platform.machine() not in ("x86_64", "AMD64"):
-            raise HostError(f"this host's processor is {platform.machine()}; pyhyve's processors need an x86-64 host")
+        machine = os.uname().machine
+        if machine != "x86_64":
+            raise HostError(f"this host's processor is {machine}; pyhyve's processors need an x86-64 host")
         self.page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.page[: len(_CPUID_CODE)] = _CPUID_CODE
         self.page[_RDTSC_OFFSET : _RDTSC_OFFSET + len(_RDTSC_CODE)] = _RDTSC_CODE
