@@ -32,6 +32,7 @@ from pyhyve.cpu.select import processor
 Mode = Literal["long64", "prot32", "real16"]
 
 MEMORY_SIZE: Final = 8 << 20
+PAGE_BYTES: Final = 4096
 PML4: Final = 0x1000
 PDPT: Final = 0x2000
 PD: Final = 0x3000
