@@ -20,6 +20,14 @@ REASONS: Final = 257
 _ENOSYS: Final = (1 << 64) - 1000
 """What a hypercall nobody knows returns (Linux Documentation/virt/kvm/x86/hypercalls.rst)."""
 
+# Intel SDM vol 3, "Exit Qualification for EPT Violations" (7: a linear address led there, 8: it was that address's own
+# translation) and "Page-Fault Exceptions".
+_QUALIFICATION_ADDRESS: Final = 1 << 7 | 1 << 8
+_IN_PAGE_WALK: Final = 1 << 7
+_PF_PRESENT: Final = 1 << 0
+_PF_USER: Final = 1 << 2
+_PF_RESERVED: Final = 1 << 3
+
 
 class Memory(Protocol):
     """What the run loop asks of the guest's address space."""
@@ -216,7 +224,15 @@ class RunLoop:
         gpa = exit_.gpa
         if not self.is_device(gpa) and self.memory.fault(gpa, exit_.qualification & 7):
             return
-        self._emulate()
+        if self.vcpu.backend.injection_pending():
+            # An event's gate, or the stack that it goes on, is no memory: it cannot be delivered, nor can a fault.
+            self._triple_fault()
+        elif exit_.qualification & _QUALIFICATION_ADDRESS == _IN_PAGE_WALK:
+            # An entry of the guest's page tables read where nothing is: all ones, which sets reserved bits.
+            user = self.vcpu.backend.get_segment("ss").attr >> 5 & 3 == 3
+            raise GuestFault(14, _PF_PRESENT | _PF_RESERVED | (_PF_USER if user else 0), exit_.gla)
+        else:
+            self._emulate()
 
     def _mmio(self) -> None:
         exit_ = self.exit
