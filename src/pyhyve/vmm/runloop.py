@@ -147,6 +147,8 @@ class RunLoop:
         left = entered = 0
         while True:
             if vcpu.attention:
+                # Before anything is looked at: what is asked for from here on raises it again.
+                vcpu.attention = False
                 # In between the vCPU counts as using the page tables: a kick brings it here, where it lets go of them.
                 vcpu.leave_tables()
                 if vcpu.stop_requested or vcpu.park_requested:

@@ -180,8 +180,7 @@ class Vcpu:
         self._pmap.deactivate(self.index)
 
     def attend(self) -> None:
-        """Look at what is pending and prepare the next entry; called with the device lock held."""
-        self.attention = False
+        """Look at what is pending and prepare the next entry; called with the device lock held, `attention` cleared."""
         backend = self.backend
         if self._init_pending:
             self._take_init()

@@ -222,3 +222,25 @@ def test_vm_that_was_never_started_closes():
     vm = Vm("idle", FakeProcessor(sleeper), 1)
     vm.close()
     assert vm.state is State.STOPPED
+
+
+def test_pause_asked_for_just_before_a_vcpu_looks_at_its_events_is_not_lost(make_vm):
+    vm, _ = make_vm(lambda cpu: iter(()))
+
+    class Late:
+        """The VM's lock; taking it for the first time, the vCPU is asked to stop."""
+
+        def __enter__(self):
+            if not vm.vcpus[0].stop_requested:
+                vm.vcpus[0].stop_requested = True
+                vm.vcpus[0].notify()
+
+        def __exit__(self, *what):
+            pass
+
+    vm._loops[0].lock = Late()
+    vm.start()
+    vm._threads[0].join(5)
+    ended = not vm._threads[0].is_alive()
+    vm.vcpus[0].notify()
+    assert ended
