@@ -219,6 +219,56 @@ def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
     return Case(code, State(regs, flags, bytes(xsave), rng.randbytes(DATA_SIZE)), undefined, address)
 
 
+def make_frame_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
+    """Up to twelve instructions with operands off a few pointers that stay as they are, stack accesses among them: what
+    the translator checks once for several accesses."""
+    code = b""
+    undefined = 0
+    pointers = {n: DATA + rng.choice((0x800, 0x1000, 0x2000, 0x3000)) + 64 * rng.randrange(-4, 4) for n in (3, 5, 6, 7)}
+    depth = 0
+    for _ in range(rng.randint(3, 12)):
+        kind = rng.random()
+        if kind < 0.2:
+            reg = rng.choice((0, 1, 2, 8, 9, 10, 11, 12, 13, 14, 15))
+            push = depth == 0 or rng.random() < 0.5
+            code += bytes([0x40 | reg >> 3, (0x50 if push else 0x58) | reg & 7])
+            depth += 1 if push else -1
+            continue
+        if kind < 0.25:
+            by = 8 * rng.randrange(1, 4)
+            code += bytes([0x48, 0x8D, 0x64, 0x24, 256 - by])  # lea rsp, [rsp - by]
+            depth += by // 8
+            continue
+        while True:
+            some, insn = random_insn(rng, decode)
+            if not insn["attr"] & A_MEM or insn["attr"] & (A_NO_ACCESS | A_BITOFF) or not insn["mem_width"]:
+                continue
+            wide = insn["enc"] or insn["map"] >= 1
+            disp = 16 * rng.randrange(-8, 8) if wide else rng.randrange(-128, 128)
+            base = rng.choice((3, 5, 6, 7, 4))
+            modrm = bytes([0x40 | insn["modrm"] & 0x38 | base]) + (b"\x24" if base == 4 else b"") + bytes([disp & 0xFF])
+            some = some[: insn["modrm_off"]] + modrm + rng.randbytes(insn["imm_size"])
+            insn = decode(some + bytes(15), 64)
+            if insn is None or insn["cls"] != C_COPY or insn["length"] != len(some) or insn["prefixes"] & P_SEG:
+                continue
+            if insn["base"] != base or insn["index"] != 255 or insn["addrsize"] != 8 or _excluded(insn):
+                continue
+            if insn["attr"] & A_REG_GPR and (insn["reg"] in (3, 4, 5, 6, 7) or insn["reg"] & 3 == 3):
+                continue
+            killed, unknown, read = undefined_of(some)
+            if read & undefined:
+                continue
+            killed &= sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if insn["flags_killed"] >> n & 1)
+            break
+        code += some
+        undefined = undefined & ~killed | unknown
+    case = make_case(rng, decode, undefined_of)
+    for reg, value in pointers.items():
+        case.state.regs[reg] = value
+    case.state.regs[4] = DATA + rng.choice((0x1000, 0x2000, 0x3000)) + 16 * rng.randrange(-8, 8)
+    return Case(code, case.state, undefined, case.address)
+
+
 def run_native(cases: list[Case]) -> list[State | None]:
     """The cases' results on this host, None where one faults there. All run in forked children."""
     window = window_of_process()

@@ -76,11 +76,11 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
 
 
 cdef uint64_t _leave_access(Vcpu* v, int r, int group) noexcept nogil:
-    if r == R_EXIT:
-        v.leave_reason = LEAVE_EXIT
-    elif group:
+    if group:
         # what one of several accesses met is found again, exactly, by the instruction alone
         v.leave_reason = LEAVE_SINGLE
+    elif r == R_EXIT:
+        v.leave_reason = LEAVE_EXIT
     elif r == R_SLOW:
         v.leave_reason = LEAVE_SLOW
     else:
@@ -92,21 +92,24 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     """A TLB miss in a block: returns the host address and goes on, or leaves."""
     cdef uint64_t hva, info
     cdef int r
-    cdef int access = m.access & ~GROUP
-    cdef int group = m.access & GROUP
+    cdef int access = m.access & 3
+    cdef int group = m.access & (GROUP | SHARED)
+    cdef uint64_t sub = lin if m.access & SHARED else 0
     cdef int bank = m.bank
     cdef uint32_t width = m.width
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
+        if hva and (not sub or access == ACCESS_READ and hva != <uint64_t>v.bounce):
+            return hva - sub
         if hva:
-            return hva
+            r = R_SLOW
         return _leave_access(v, r, group)
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
-        return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF)
-    if r == R_SLOW:
+        return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF) - sub
+    if r == R_SLOW and not sub:
         r = mmu_page(v, lin, access, bank, &hva, &info)
         if r == R_OK:
             if not code_overlaps(v, hva, width):

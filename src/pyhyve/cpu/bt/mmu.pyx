@@ -465,7 +465,7 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
         code = code_page(v, hva)
         if not code:
             e.tag_w = page
-    e.info = info & MMU_GLOBAL
+    e.addend = hva - page
     note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
@@ -648,7 +648,7 @@ cdef void mmu_init(Vcpu* v) noexcept nogil:
         v.ept_cache_val[k] = 0
     for k in range(BANKS * TLB_ENTRIES):
         drop(&v.tlb[k], k & (TLB_ENTRIES - 1))
-        v.tlb[k].info = 0
+        v.tlb[k].addend = 0
     for k in range(FETCH_ENTRIES):
         v.fetch[k].lin = 0
         v.fetch[k].info = 0

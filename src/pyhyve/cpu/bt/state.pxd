@@ -102,7 +102,7 @@ cdef struct TlbEntry:            # 32 bytes; generated code knows the layout
     uint64_t tag_r               # linear page address, or TLB_INVALID for this index
     uint64_t tag_w
     uint64_t hva                 # host address of the page
-    uint64_t info                # bit 0: guest mapping is global
+    uint64_t addend              # hva less the linear page address
 
 cdef struct FetchEntry:
     uint64_t lin                 # linear page | 1 when valid
@@ -253,6 +253,7 @@ cdef struct Vcpu:
     uint64_t ibt_low             # the supervisor's table has a target in the lower half
     uint64_t ibt_pages[1024]     # bit (lin >> 12) & 0xffff: the table may have targets in such a page
     uint64_t drop_gen            # counts dropped blocks' pages: a helper sees whether the running block may be gone
+    uint64_t share[16]           # addends that a block's later accesses off the same base reuse
     uint64_t bounce_lin          # pending bounced store of a slow instruction
     uint64_t bounce_len
     uint64_t bounce_bank

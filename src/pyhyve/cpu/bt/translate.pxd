@@ -19,6 +19,7 @@ cdef enum:
     LEAVE_SINGLE = 8        # go on at v.rip with stack accesses checked one by one
 
     GROUP = 0x80            # in MissMeta.access: several stack accesses checked at once
+    SHARED = 0x40           # the check serves later accesses too: the helper returns the addend
 
     MAX_INSNS = 48
     MAX_BLOCK_BYTES = 24576  # upper bound of host code that one block takes
