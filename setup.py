@@ -19,7 +19,11 @@ COMMON += ["-fno-strict-aliasing", "-fwrapv", "-Wno-unreachable-code", "-Wno-unu
 # loop that the compiler may turn into a call of the C library's (vectorised) memcpy or memset.
 HELPER = [
     "-msse4.2",  # the CRC32 instruction (on general registers)
-    "-mgeneral-regs-only", "-ffreestanding", "-fno-tree-loop-distribute-patterns", "-fno-builtin", "-fno-tree-vectorize"
+    "-mgeneral-regs-only",
+    "-ffreestanding",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-builtin",
+    "-fno-tree-vectorize",
 ]
 NO_HELPER = {"pyhyve.cpu.bt.run", "pyhyve.cpu.kvm.engine"}
 

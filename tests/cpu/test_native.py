@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import window
 import pytest
+import window
 from iced_x86 import Decoder, RflagsBits
 from window import DATA, DATA_SIZE, REGS, SLOT, Case, State
 
@@ -108,7 +108,7 @@ def differences(case: Case, got: State, want: State) -> list[str]:
         found.append("x87 or vector state")
     if got.data != want.data:
         at = next(n for n in range(DATA_SIZE) if got.data[n] != want.data[n])
-        found.append(f"memory at data+{at:#x}: {got.data[at:at + 8].hex()}, native {want.data[at:at + 8].hex()}")
+        found.append(f"memory at data+{at:#x}: {got.data[at : at + 8].hex()}, native {want.data[at : at + 8].hex()}")
     return found
 
 

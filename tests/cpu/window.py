@@ -169,6 +169,11 @@ def random_insn(rng: random.Random, decode: Any) -> tuple[bytes, dict[str, Any]]
         return code[: insn["length"]], insn
 
 
+def _rflags(decoded: int) -> int:
+    """The decoder's flag bits (CF PF AF ZF SF OF) in their RFLAGS places."""
+    return sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if decoded >> n & 1)
+
+
 def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
     """One to six random instructions; each memory operand points into the data window."""
     code = b""
@@ -200,7 +205,7 @@ def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
                     setup += _mov_imm(insn["reg"], rng.randrange(-4096, 4096))
             killed, unknown, read = undefined_of(bytes_)
             # a shift by CL may leave all flags as they were: only what is overwritten for sure is known again
-            killed &= sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if insn["flags_killed"] >> n & 1)
+            killed &= _rflags(insn["flags_killed"])
             if not read & undefined:
                 break
         code += setup + bytes_
@@ -213,7 +218,9 @@ def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
     xsave[576:832] = rng.randbytes(256)
     for n in range(8):
         xsave[32 + 16 * n + 10 : 48 + 16 * n] = bytes(6)
-    regs = [rng.choice((rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1 - rng.getrandbits(4))) for _ in range(16)]
+    regs = [
+        rng.choice((rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1 - rng.getrandbits(4))) for _ in range(16)
+    ]
     flags = 0x202 | rng.getrandbits(12) & FLAGS
     address = CODE + rng.randrange(4096) * SLOT
     return Case(code, State(regs, flags, bytes(xsave), rng.randbytes(DATA_SIZE)), undefined, address)
@@ -258,7 +265,7 @@ def make_frame_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
             killed, unknown, read = undefined_of(some)
             if read & undefined:
                 continue
-            killed &= sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if insn["flags_killed"] >> n & 1)
+            killed &= _rflags(insn["flags_killed"])
             break
         code += some
         undefined = undefined & ~killed | unknown

@@ -182,7 +182,8 @@ class VcpuBackend(Protocol):
         ...
 
     def invalidate_code(self, hva: int, length: int) -> None:
-        """Host memory that may hold guest code was written by someone other than this vCPU."""
+        """Host memory that may hold guest code was written by someone other than a vCPU. Any thread may call this at
+        any time; the vCPU acts on it before it takes its next interrupt or enters the guest again."""
         ...
 
     def translate(self, gla: int, access: int = 0) -> int | None:

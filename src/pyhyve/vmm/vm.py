@@ -100,6 +100,7 @@ class Vm:
         self.clock = self.events.clock
         self.timers = self.events.timers
         self.memory = Vmspace(self.capabilities, self.kick)
+        self.memory.on_host_write = self._host_wrote
         self.ports = PortBus()
         self.mmio = MmioBus()
         self.apic_bus = ApicBus()
@@ -183,6 +184,11 @@ class Vm:
         """Make every vCPU look at what is new: for instance the nested page tables."""
         for vcpu in self.vcpus:
             vcpu.notify()
+
+    def _host_wrote(self, hva: int, length: int) -> None:
+        """The monitor or a device stored to guest memory: what was translated from there is stale."""
+        for vcpu in self.vcpus:
+            vcpu.backend.invalidate_code(hva, length)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

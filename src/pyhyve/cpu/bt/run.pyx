@@ -10,10 +10,10 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, code_written
+from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
 from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
-from pyhyve.cpu.bt.shared cimport SHARED_VCPUS, Inbox, Shared
+from pyhyve.cpu.bt.shared cimport SHARED_VCPUS, Inbox, Shared, SharedPage, inbox_put, shared_find
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport LEAVE_EXIT, LEAVE_FAULT
 
@@ -643,12 +643,17 @@ cdef class BtVcpu:
             mmu_flush_ept(self.v)
 
     def invalidate_code(self, uint64_t hva, uint64_t length):
-        cdef uint64_t n
-        while length:
-            n = length if length < <uint64_t>0x40000000 else <uint64_t>0x40000000
-            code_written(self.v, hva, <uint32_t>n)
-            hva += n
-            length -= n
+        cdef SharedPage* p
+        cdef uint64_t end = hva + length
+        cdef uint64_t stop
+        while hva < end:
+            stop = (hva | 0xFFF) + 1
+            if stop > end:
+                stop = end
+            p = shared_find(self.c.shared, hva & ~<uint64_t>0xFFF)
+            if p != NULL and p.mask >> self.c.me & 1:
+                inbox_put(&self.c.inbox, hva, stop - hva)
+            hva = stop
 
     def translate(self, uint64_t gla, int access=0):
         cdef uint64_t gpa = 0
