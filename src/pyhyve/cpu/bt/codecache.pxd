@@ -72,6 +72,7 @@ cdef struct Cache:
     CodePage** page_hash
     uint64_t page_hash_mask
     uint64_t generation     # counts whole flushes
+    uint64_t leaves[16]     # times that generated code was left, by LEAVE_*
     uint64_t micro_ops[1024]    # instructions run in microcode, by map << 8 | opcode
     # thunks (rx)
     uint8_t* enter

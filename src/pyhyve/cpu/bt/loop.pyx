@@ -76,8 +76,17 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
 
 
 cdef uint64_t _leave_access(Vcpu* v, int r, int group) noexcept nogil:
+    cdef Cache* c = <Cache*>v.cache
+    cdef Block* b
+    cdef uint64_t page, info
     if group:
-        # what one of several accesses met is found again, exactly, by the instruction alone
+        # what one of several accesses met is found again, exactly, by the instruction alone: in the block that checks
+        # them one by one, without leaving generated code where there is one already
+        if v.mode_key & (2 << MODE_SIZE_SHIFT) and mmu_fetch(v, v.rip, v.bank, &page, &info) == R_OK:
+            b = block_find(c, page + (v.rip & 0xFFF), v.rip, v.mode_key | MODE_SINGLE)
+            if b != NULL and not b.straddle:
+                v.tmp2 = <uint64_t>b.entry_direct
+                return 1
         v.leave_reason = LEAVE_SINGLE
     elif r == R_EXIT:
         v.leave_reason = LEAVE_EXIT
@@ -363,7 +372,12 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             single = 0
         else:
             ibt_set(v, b)
-            if link != NULL and dropped == v.drop_gen and not b.straddle:
+            if link != NULL and dropped == v.drop_gen and b.straddle:
+                # never linked directly: let the stub itself go through the table from now on
+                site = <uint8_t*>link - (c.rx - c.rw) - 5
+                (<uint32_t*>site)[0] = 0x2524FF65        # jmp gs:[slot], in place of the call and its LinkMeta
+                (<uint32_t*>(site + 4))[0] = <uint32_t><uint64_t>&(<Vcpu*>NULL).ibt[b.ibt_slot]
+            elif link != NULL and dropped == v.drop_gen:
                 site = <uint8_t*>link - (c.rx - c.rw) + link.site
                 (<int32_t*>site)[0] = <int32_t>((b.entry_poll if link.poll else b.entry_direct)
                                                 - (<uint8_t*>link + link.site + 4))
@@ -373,6 +387,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             c.pool_used -= 1
             slow = 0
         r = R_OK
+        c.leaves[v.leave_reason & 15] += 1
         if v.leave_reason == LEAVE_LINK:
             link = <LinkMeta*>v.leave_arg
         elif v.leave_reason == LEAVE_MICRO:

@@ -16,7 +16,7 @@ from pyhyve.cpu.bt.microcode_segments cimport (
 )
 from pyhyve.cpu.bt.microcode_strings cimport string_operation
 from pyhyve.cpu.bt.microcode_system cimport *
-from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, group15, masked_store, xsavec
+from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, gather, group15, masked_store, xsavec
 from pyhyve.cpu.bt.mmu cimport mmu_probe_write, mmu_read
 from pyhyve.cpu.bt.state cimport *
 
@@ -628,9 +628,10 @@ cdef int microcode(Vcpu* v, Insn* i) noexcept nogil:
         return string_operation(v, i)
     if i.cls == C_SYSTEM:
         if i.enc != ENC_LEGACY:
-            # VMASKMOVDQU; gathers and scatters are not done
-            if i.map == 1 and i.opcode == 0xF7:
+            if i.map == 1 and i.opcode == 0xF7:   # VMASKMOVDQU
                 return masked_store(v, i)
+            if i.enc == ENC_VEX and i.map == 2 and 0x90 <= i.opcode <= 0x93:
+                return gather(v, i)
             return engine_error(v, i)
         if i.map == 0:
             return system0(v, i)

@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""Saving and loading x87 and vector state, and the masked byte stores."""
+"""Saving and loading x87 and vector state, the masked byte stores, and the gathers."""
 
 from libc.stdint cimport uint32_t
 
@@ -10,3 +10,4 @@ cdef int group15(Vcpu* v, Insn* i) noexcept nogil
 cdef int xsavec(Vcpu* v, Insn* i) noexcept nogil
 cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil
 cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil
+cdef int gather(Vcpu* v, Insn* i) noexcept nogil

@@ -692,6 +692,14 @@ cdef class BtVcpu:
             "cr3_writes": n.cr3_writes,
             "syscalls": n.syscalls,
             "rep_ops": n.rep_ops,
+            "left_for_branch": self.c.leaves[1],
+            "left_for_link": self.c.leaves[2],
+            "left_for_poll": self.c.leaves[3],
+            "left_for_microcode": self.c.leaves[4],
+            "left_for_fault": self.c.leaves[5],
+            "left_for_exit": self.c.leaves[6],
+            "left_for_slow": self.c.leaves[7],
+            "left_for_single": self.c.leaves[8],
             "code_bytes": <uint64_t>(self.c.at - self.c.start),
         }
 
