@@ -11,6 +11,7 @@ from typing import Final, Protocol, cast
 
 from pyhyve import __version__
 from pyhyve.base.errors import PyhyveError, UsageError
+from pyhyve.cli.output import say, silence
 from pyhyve.cli.parser import Namespace, Parser, did_you_mean
 
 USER_ERROR: Final = 2
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell.
-        sys.stderr.close()
+        for stream in (sys.stdout, sys.stderr):
+            silence(stream)
         return 1
 
 
@@ -91,7 +93,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _complain(text: str, status: int) -> int:
-    print(f"pyhyve: {text}", file=sys.stderr)
+    say(f"pyhyve: {text}", sys.stderr)
     return status
 
 

@@ -12,6 +12,7 @@ from pyhyve.bhyve.console import Console, Quit
 from pyhyve.bhyve.console.stdio import StdioConsole
 from pyhyve.bhyve.machine import Machine
 from pyhyve.bhyve.outcome import Outcome, OutcomeKind
+from pyhyve.cli.output import say
 
 _QUIT_STATUS: Final = {Quit.KEY: 0, Quit.CLOSED: 129, Quit.TERMINATED: 143}
 
@@ -63,15 +64,15 @@ def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | Non
     document: dict[str, object] = {"name": name, **outcome.to_json(), "exit_status": status}
     if figures is not None:
         document["statistics"] = figures
-    print(json.dumps(document), flush=True)
+    say(json.dumps(document), sys.stdout)
 
 
 def _print_outcome(outcome: Outcome, figures: Mapping[str, object] | None) -> None:
     if figures is not None:
-        print(_table(figures), file=sys.stderr)
-    print(f"pyhyve: {outcome}", file=sys.stderr)
+        say(_table(figures), sys.stderr)
+    say(f"pyhyve: {outcome}", sys.stderr)
     if outcome.report:
-        print(outcome.report, file=sys.stderr)
+        say(outcome.report, sys.stderr)
 
 
 def _table(figures: Mapping[str, Any], indent: str = "") -> str:
