@@ -104,6 +104,8 @@ class Uart:
         self._sink = sink
         self.on_room: Callable[[], None] | None = None
         """Called when the receiver has run empty or has begun to listen, at the end of the access that did it."""
+        self.on_flushed: Callable[[bytes], None] | None = None
+        """Called with what came from the line and the guest has now thrown away unread."""
         self._fifo: deque[int] = deque()
         self._line = False
         self._reset_registers()
@@ -120,6 +122,7 @@ class Uart:
         self._tx_interrupt = False
         self._direct = True  # THR is reached, and leads outside: neither DLAB nor loopback
         self._fifo.clear()
+        self._looped = False  # the receiver holds what the guest itself sent
 
     def reset(self) -> None:
         """Master reset: registers as at power-on, receiver empty, interrupt dropped."""
@@ -184,6 +187,7 @@ class Uart:
             return 0
         value = self._fifo.popleft()
         if not self._fifo:
+            self._looped = False
             self._lsr &= ~LSR_DATA_READY
         self._update_irq()
         if not self._fifo:
@@ -214,6 +218,7 @@ class Uart:
 
     def _transmit(self, value: int) -> None:
         if self._mcr & MCR_LOOPBACK:
+            self._looped = True
             self._push(value)
         else:
             self._sink(_BYTES[value])
@@ -234,10 +239,14 @@ class Uart:
         # The other bits are taken only together with the enable bit.
         self._fcr = value & (FCR_ENABLE | FCR_DMA | FCR_TRIGGER) if value & FCR_ENABLE else 0
         emptied = bool(self._fifo) and bool(toggled or (self._fcr and value & FCR_RX_RESET))
+        flushed = bytes(self._fifo) if emptied and not self._looped else b""
         if emptied:
             self._fifo.clear()
+            self._looped = False
             self._lsr &= ~LSR_DATA_READY
         self._update_irq()
+        if flushed and self.on_flushed is not None:
+            self.on_flushed(flushed)
         if emptied:
             self._tell_room()
 

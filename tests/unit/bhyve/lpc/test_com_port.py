@@ -52,6 +52,30 @@ def test_what_is_typed_before_the_guest_listens_survives_its_opening_of_the_port
     assert read_all(port) == b"uname -a\n"
 
 
+def test_what_a_driver_flushes_when_it_opens_the_port_comes_again() -> None:
+    """Linux takes receive interrupts first, and then turns the FIFO on, which empties it."""
+    port, console = wired()
+    console.send(b"uname -a\n")
+    for _ in range(2):
+        port.write(chip.IER, 1, chip.IER_RX_DATA)
+        port.write(chip.FCR, 1, chip.FCR_ENABLE)
+        port.write(chip.FCR, 1, chip.FCR_ENABLE | chip.FCR_RX_RESET)
+        port.write(chip.FCR, 1, 0)
+        port.write(chip.IER, 1, 0)
+    listen(port)
+    assert read_all(port) == b"uname -a\n"
+
+
+def test_what_the_guest_sent_itself_in_loopback_does_not_come_again() -> None:
+    port, _ = wired()
+    listen(port)
+    port.write(chip.MCR, 1, chip.MCR_LOOPBACK)
+    port.write(chip.THR, 1, 0x55)
+    port.write(chip.MCR, 1, 0)
+    port.write(chip.FCR, 1, chip.FCR_ENABLE | chip.FCR_RX_RESET)
+    assert read_all(port) == b""
+
+
 def test_a_source_faster_than_the_guest_waits_until_the_port_is_closed() -> None:
     port, _ = wired()
     port.receive(bytes(BACKLOG_LIMIT))
