@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-_HERE = Path(__file__).parent
-sys.path.insert(0, str(_HERE))
-sys.path.insert(1, str(_HERE.parent / "cpu"))
-sys.path.insert(2, str(_HERE.parent / "unit" / "bhyve" / "boot"))
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "cpu"))
+sys.path.insert(2, str(Path(__file__).parents[1] / "unit" / "bhyve" / "boot"))
 
 from commandline import CommandLine
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from asm import MISSING
-from small import DATA, IDT, MEMORY, ORIGIN, PAGE_DIRECTORY, STACK, Ran, binary_kernel, kernel, run
+from small import DATA, IDT, MEMORY, ORIGIN, PAGE_DIRECTORY, STACK, STEPS_S, Ran, binary_kernel, kernel, run
 
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.outcome import OutcomeKind
@@ -27,8 +27,10 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Assemble and run a guest."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
-    def assemble_and_run(source: str, *, bare: bool = False, **options: float) -> Ran:
-        return run(kernel(source, tmp_path, bare=bare), **options)
+    def assemble_and_run(
+        source: str, *, bare: bool = False, seconds: float = STEPS_S, hang_seconds: float = 5.0
+    ) -> Ran:
+        return run(kernel(source, tmp_path, bare=bare), seconds=seconds, hang_seconds=hang_seconds)
 
     return assemble_and_run
 
