@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import window
+from harness import host_flags
 from iced_x86 import Decoder, RflagsBits
 from window import DATA, DATA_SIZE, REGS, SLOT, Case, State
 
@@ -148,3 +149,15 @@ def test_random_instructions_do_as_on_the_host(guest: Guest, make: Any) -> None:
         assert not failures, "\n".join(failures[:10])
         assert some > 25, "nearly every native run faulted"
         ran += some
+
+
+def test_gathers_do_as_on_the_host(guest: Guest) -> None:
+    if "avx2" not in host_flags():
+        pytest.skip("the host has no AVX2")
+    rng = random.Random(int(os.environ.get("PYHYVE_FUZZ_SEED", "1")))
+    ran = 0
+    for _ in range(4):
+        some, failures = check(guest, [window.make_gather_case(rng) for _ in range(250)])
+        assert not failures, "\n".join(failures[:10])
+        ran += some
+    assert ran == 1000, "a native gather faulted"

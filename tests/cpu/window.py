@@ -174,6 +174,23 @@ def _rflags(decoded: int) -> int:
     return sum(flag for n, flag in enumerate((1, 4, 0x10, 0x40, 0x80, 0x800)) if decoded >> n & 1)
 
 
+def make_state(rng: random.Random) -> State:
+    """Random registers, flags, vector registers and data."""
+    xsave = bytearray(XSAVE)
+    xsave[0:2] = b"\x7f\x03"
+    xsave[24:28] = struct.pack("<I", 0x1F80)
+    xsave[32:416] = rng.randbytes(384)
+    xsave[512] = 7
+    xsave[576:832] = rng.randbytes(256)
+    for n in range(8):
+        xsave[32 + 16 * n + 10 : 48 + 16 * n] = bytes(6)
+    regs = [
+        rng.choice((rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1 - rng.getrandbits(4))) for _ in range(16)
+    ]
+    flags = 0x202 | rng.getrandbits(12) & FLAGS
+    return State(regs, flags, bytes(xsave), rng.randbytes(DATA_SIZE))
+
+
 def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
     """One to six random instructions; each memory operand points into the data window."""
     code = b""
@@ -210,20 +227,8 @@ def make_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
                 break
         code += setup + bytes_
         undefined = undefined & ~killed | unknown
-    xsave = bytearray(XSAVE)
-    xsave[0:2] = b"\x7f\x03"
-    xsave[24:28] = struct.pack("<I", 0x1F80)
-    xsave[32:416] = rng.randbytes(384)
-    xsave[512] = 7
-    xsave[576:832] = rng.randbytes(256)
-    for n in range(8):
-        xsave[32 + 16 * n + 10 : 48 + 16 * n] = bytes(6)
-    regs = [
-        rng.choice((rng.getrandbits(64), rng.getrandbits(8), (1 << 64) - 1 - rng.getrandbits(4))) for _ in range(16)
-    ]
-    flags = 0x202 | rng.getrandbits(12) & FLAGS
     address = CODE + rng.randrange(4096) * SLOT
-    return Case(code, State(regs, flags, bytes(xsave), rng.randbytes(DATA_SIZE)), undefined, address)
+    return Case(code, make_state(rng), undefined, address)
 
 
 def make_frame_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
@@ -274,6 +279,35 @@ def make_frame_case(rng: random.Random, decode: Any, undefined_of: Any) -> Case:
         case.state.regs[reg] = value
     case.state.regs[4] = DATA + rng.choice((0x1000, 0x2000, 0x3000)) + 16 * rng.randrange(-8, 8)
     return Case(code, case.state, undefined, case.address)
+
+
+def make_gather_case(rng: random.Random) -> Case:
+    """One gather of AVX2, its elements anywhere in the data window."""
+    dest, mask, index = rng.sample(range(16), 3)
+    opcode, wide, scale = rng.randrange(0x90, 0x94), rng.randrange(2), rng.randrange(4)
+    base = rng.randrange(16)
+    by_32_bits = rng.random() < 0.2
+    disp = rng.randrange(-128, 128)
+    p0 = (~dest >> 3 & 1) << 7 | (~index >> 3 & 1) << 6 | (~base >> 3 & 1) << 5 | 2
+    p1 = wide << 7 | (~mask & 15) << 3 | rng.randrange(2) << 2 | 1
+    sib = scale << 6 | (index & 7) << 3 | base & 7
+    code = bytes([0xC4, p0, p1, opcode, 0x44 | (dest & 7) << 3, sib, disp & 0xFF])
+    if by_32_bits:
+        code = b"\x67" + code
+    state = make_state(rng)
+    state.regs[base] = DATA + DATA_SIZE // 2
+    if by_32_bits:
+        state.regs[base] |= rng.getrandbits(32) << 32
+    reach = DATA_SIZE // 2 - 0x100 >> scale
+    kind = "<4q" if opcode & 1 else "<8i"
+    indices = struct.pack(kind, *(rng.randrange(-reach, reach) for _ in range(int(kind[1]))))
+    masks = rng.choice((rng.randbytes(32), b"\xff" * 32, bytes(32)))
+    xsave = bytearray(state.xsave)
+    for register, value in ((index, indices), (mask, masks)):
+        xsave[160 + 16 * register : 176 + 16 * register] = value[:16]
+        xsave[576 + 16 * register : 592 + 16 * register] = value[16:]
+    state.xsave = bytes(xsave)
+    return Case(code, state, 0, CODE + rng.randrange(4096) * SLOT)
 
 
 def run_native(cases: list[Case]) -> list[State | None]:
