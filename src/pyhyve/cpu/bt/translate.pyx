@@ -1288,30 +1288,31 @@ cdef bint _branch(T* t, int n) noexcept nogil:
     cdef int back
     cdef uint8_t* skip
     cdef int op = i.opcode
+    cdef int sti = 1 if t.next_poll >= 0 else 0     # STI stands before it
     if t.size != 64:
         next_rip &= <uint64_t>0xFFFFFFFF
     if _is_jcc(i):
         target = _target(t, n)
-        _jcc_go(t, op & 15, target, target <= t.rips[n])
-        if n + 1 == t.n:
-            _go(t, next_rip, 0)
+        _jcc_go(t, op & 15, target, target <= t.rips[n] or sti)
+        if n + 1 == t.n or sti:
+            _go(t, next_rip, sti)
         return True
     if i.map != 0:
         return False
     if op == 0xEB or op == 0xE9:
         target = _target(t, n)
-        _go(t, target, target <= t.rips[n])
+        _go(t, target, target <= t.rips[n] or sti)
         return True
     if 0xE0 <= op <= 0xE3 and i.addrsize >= 4:
         target = _target(t, n)
-        back = target <= t.rips[n]
+        back = target <= t.rips[n] or sti
         if i.addrsize == 4:
             e1(e, 0x67)
         e2(e, op, 0x05)
         skip = jmp_fwd(e)
         _go(t, target, back)
         rel32_to(skip, e.p)
-        _go(t, next_rip, 0)
+        _go(t, next_rip, sti)
         return True
     if t.size != 64:
         return False
@@ -1321,7 +1322,7 @@ cdef bint _branch(T* t, int n) noexcept nogil:
         _commit(t, n)
         lea_rd(e, H_GSP, H_GSP, -8, 1)
         target = _target(t, n)
-        _go(t, target, target <= t.rips[n])
+        _go(t, target, target <= t.rips[n] or sti)
         return True
     if op == 0xC3 or op == 0xC2:
         _stack_operand(t, n, RSP, 0, ACCESS_READ, 8, t.live[n])
@@ -1518,8 +1519,9 @@ cdef bint _system(T* t, int n) noexcept nogil:
         if i.opcode == 0xFC or i.opcode == 0xFD:  # CLD, STD
             st_gs_imm8(e, OFF(&(<Vcpu*>NULL).dflag), i.opcode & 1)
             return True
-        if i.opcode == 0xFB and t.cpl == 0 and n + 1 < t.n and t.insns[n + 1].cls in (C_COPY, C_NOP):
-            # STI: the block ends behind the next instruction, with a poll that sees a wanted interrupt window
+        if i.opcode == 0xFB and t.cpl == 0 and n + 1 < t.n and t.insns[n + 1].cls in (C_COPY, C_NOP, C_STACK, C_BRANCH):
+            # STI: the block ends behind the next instruction (a run of pops counts as one), and whatever it goes to
+            # polls, so that a wanted interrupt window is seen
             st_gs_imm8(e, OFF(&(<Vcpu*>NULL).iflag), 1)
             e2(e, 0x65, 0x44)                    # movzx r11d, byte gs:[window]
             e3(e, 0x0F, 0xB6, 0x1C)
@@ -1805,7 +1807,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                 _micro_end(&t, k)
                 done = 1
                 break
-            if k + 1 == t.n or not _is_jcc(i):
+            if k + 1 == t.n or not _is_jcc(i) or t.next_poll >= 0:
                 done = 1
                 break
         elif i.cls == C_INVALID:
@@ -1825,7 +1827,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         if took > 1 and t.insns[k - 1].cls == C_BRANCH:
             done = 1                             # POPs with their RET
             break
-        if t.next_poll == k - 1 and t.next_poll >= 0:
+        if t.next_poll >= 0 and k > t.next_poll and t.insns[k - 1].cls != C_BRANCH:
             # the instruction behind STI is done
             _go(&t, t.rips[k - 1] + t.insns[k - 1].length, 1)
             done = 1
