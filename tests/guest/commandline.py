@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -65,7 +65,9 @@ class CommandLine:
     def command(arguments: Sequence[object]) -> list[str]:
         return [sys.executable, "-W", "error", "-m", "pyhyve.cli.main", *map(str, arguments)]
 
-    def start(self, *arguments: object, **popen: Any) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: object, environment: Mapping[str, str] | None = None, **popen: Any
+    ) -> subprocess.Popen[str]:
         """Start it with nothing to read; what it prints is kept in pipes unless told otherwise."""
         options: dict[str, Any] = {
             "stdin": subprocess.DEVNULL,
@@ -76,7 +78,11 @@ class CommandLine:
             **popen,
         }
         process = subprocess.Popen(
-            self.command(arguments), env=self.environment, cwd=self.current, text=True, **options
+            self.command(arguments),
+            env={**self.environment, **(environment or {})},
+            cwd=self.current,
+            text=True,
+            **options,
         )
         self._started.append(process)
         return process

@@ -17,7 +17,8 @@ MAX_CPUS: Final = 254
 """APIC ids 0 to 253: 255 is the broadcast, and 254 is left to the I/O APIC of guests that number them together."""
 
 _UNITS: Final = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
+_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
+"""Python refuses to convert thousands of digits, and nobody means them."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -44,7 +45,7 @@ def format_size(size: int) -> str:
 
 def parse_pin(text: str, option: str = "-p") -> tuple[int, int]:
     """Return (vCPU, host CPU) for "0:1"."""
-    match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if match is None:
         raise UsageError(f"{option} {text}: not a pinning; write vCPU:hostCPU, for instance {option} 0:1")
     return int(match[1]), int(match[2])

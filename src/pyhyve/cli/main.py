@@ -93,7 +93,9 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _complain(text: str, status: int) -> int:
-    say(f"pyhyve: {text}", sys.stderr)
+    # One line, and nothing for the terminal to obey, whatever a file's name is made of.
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    say(f"pyhyve: {shown}", sys.stderr)
     return status
 
 
