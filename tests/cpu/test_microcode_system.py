@@ -98,14 +98,17 @@ def test_system_instructions_are_privileged(user: Machine) -> None:
         assert user.faults(source) == (UD, None)
 
 
-def test_cr8_write_exits_behind_the_instruction(m: Machine) -> None:
+def test_cr8_write_exits_at_the_instruction(m: Machine) -> None:
     m.p.set(rax=5)
     x = m.exits("mov cr8, rax")
-    assert (x["reason"], x["qualification"]) == (X_CR, 8)
-    assert m.get("cr8", "rip") == (5, CODE + 4)
+    assert (x["reason"], x["length"], x["qualification"]) == (X_CR, 4, 8)
+    assert m.get("cr8", "rip") == (0, CODE)
+    m.p.set(cr8=5)
     m.ok("mov cr8, rax")
     m.ok("mov rcx, cr8")
     assert m.rcx == 5
+    m.p.set(rax=0x10)
+    assert m.faults("mov cr8, rax") == (GP, 0)
 
 
 def test_machine_status_word(m: Machine) -> None:

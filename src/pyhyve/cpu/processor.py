@@ -76,6 +76,8 @@ class Exit(Protocol):
     an engine that decodes strings itself exits once for each element instead, without io_string.
     RDMSR, WRMSR: msr, msr_value; RIP at the instruction; finish by `complete_rdmsr(value)` or `complete_wrmsr()`, or
     inject #GP. HLT: RIP behind it. CPUID, CR_ACCESS, PAUSE, VMCALL, ...: RIP at the instruction, `length` its bytes.
+    CR_ACCESS is a write to CR8 that is not carried out yet; TPR_BELOW_THRESHOLD follows one that is. An engine need not
+    exit for one that lowers nothing: register `cr8` is the task priority, and the local APIC's TPR follows it.
     MMIO: mmio_gpa, mmio_size (1-8 bytes, within a page), mmio_write, mmio_value for a write. A read is completed by
     `complete_mmio(value)`; one left alone reads all ones. An instruction may exit several times (a string operation,
     an operand over a page end); RIP is behind it after the last.

@@ -44,6 +44,8 @@ MTRR_DEF_TYPE: Final = 0x2FF
 TSC_DEADLINE: Final = 0x6E0
 X2APIC_FIRST: Final = 0x800
 X2APIC_LAST: Final = 0x8FF
+X2APIC_TPR: Final = 0x808
+X2APIC_PPR: Final = 0x80A
 PV_WALL_CLOCK: Final = 0x4B56_4D00
 PV_SYSTEM_TIME: Final = 0x4B56_4D01
 
@@ -164,6 +166,13 @@ class MsrTable:
         self._values = dict(self._defaults)
         self._pv_clock.reset()
         self._tsc.adjust = 0
+
+    def share_task_priority(self, reader: Reader, writer: Writer) -> None:
+        """The local APIC's registers that show or change the task priority go through these: it is CR8 as well."""
+        for msr in (X2APIC_TPR, X2APIC_PPR):
+            self.readers[msr] = reader
+        for msr in (APIC_BASE, X2APIC_TPR):  # an APIC that is turned off is reset
+            self.writers[msr] = writer
 
     def read(self, msr: int) -> int:
         """Return the register's value. Raises GuestFault (#GP) for one that is not there."""

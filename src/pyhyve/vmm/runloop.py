@@ -256,12 +256,12 @@ class RunLoop:
     def read_device(self, gpa: int, size: int) -> int:
         """Read what is not memory: the vCPU's own local APIC, or a device on the bus."""
         if gpa >> 12 == LAPIC_PAGE:
-            return self.vcpu.vlapic.read(gpa & 0xFFF, size)
+            return self.vcpu.read_apic(gpa & 0xFFF, size)
         return self.mmio.read(gpa, size)
 
     def write_device(self, gpa: int, size: int, value: int) -> None:
         if gpa >> 12 == LAPIC_PAGE:
-            self.vcpu.vlapic.write(gpa & 0xFFF, size, value)
+            self.vcpu.write_apic(gpa & 0xFFF, size, value)
         else:
             self.mmio.write(gpa, size, value)
 
@@ -311,16 +311,18 @@ class RunLoop:
             raise RuntimeError(f"an exit for CR{qualification & 0xF}, which nobody asked for")
         gpr = qualification >> 8 & 0xF
         if qualification >> 4 & 3:
+            self.vcpu.load_task_priority()
             backend.set_gpr(gpr, self.vcpu.vlapic.cr8)
         else:
             value = backend.get_gpr(gpr)
             if value & ~0xF:
                 raise GuestFault(13, 0)
             self.vcpu.vlapic.cr8 = value
+            self.vcpu.store_task_priority()
         backend.skip(self.exit.length)
 
     def _tpr_below_threshold(self) -> None:
-        self.vcpu.vlapic.cr8 = self.vcpu.backend.get("cr8")
+        self.vcpu.load_task_priority()
         self.vcpu.attention = True
 
     def _triple_fault(self) -> None:

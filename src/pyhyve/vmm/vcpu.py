@@ -26,6 +26,7 @@ WAIT_SIPI: Final = 2
 STATE_NAMES: Final = ("running", "halted", "wait-for-sipi")
 
 _PR_SET_NAME: Final = 15
+_TPR: Final = 0x80
 _RFLAGS_IF: Final = 1 << 9
 _CR0_CD_NW: Final = 0x6000_0000
 _CR0_ET: Final = 0x10
@@ -190,6 +191,7 @@ class Vcpu:
             self._take_sipi()
         if self._nmi_pending:
             self._take_nmi()
+        self.load_task_priority()
         vlapic = self.vlapic
         vector = vlapic.pending_vector()
         wanted = False
@@ -214,6 +216,38 @@ class Vcpu:
         if wanted is not self._window:
             self._window = wanted
             backend.request_interrupt_window(wanted)
+
+    def load_task_priority(self) -> None:
+        """Tell the local APIC of the guest's CR8: the processor may have changed it without an exit."""
+        self.vlapic.cr8 = self.backend.get("cr8")
+
+    def store_task_priority(self) -> None:
+        """Tell the processor of the local APIC's task priority: CR8 is TPR bits 7:4."""
+        self.backend.set("cr8", self.vlapic.cr8)
+
+    def read_apic(self, offset: int, size: int) -> int:
+        """Read the xAPIC page."""
+        self.load_task_priority()
+        return self.vlapic.read(offset, size)
+
+    def write_apic(self, offset: int, size: int, value: int) -> None:
+        if offset == _TPR:
+            self.load_task_priority()
+            self.vlapic.write(offset, size, value)
+            self.store_task_priority()
+        else:
+            self.vlapic.write(offset, size, value)
+
+    def read_apic_msr(self, msr: int) -> int:
+        """Read an MSR of the local APIC that shows the task priority."""
+        self.load_task_priority()
+        return self.vlapic.rdmsr(msr)
+
+    def write_apic_msr(self, msr: int, value: int) -> None:
+        """Write an MSR of the local APIC that changes the task priority."""
+        self.load_task_priority()
+        self.vlapic.wrmsr(msr, value)
+        self.store_task_priority()
 
     def halt(self) -> bool:
         """The guest executed HLT. Return True if nothing but an NMI, an INIT or a reset can wake it."""
@@ -269,7 +303,7 @@ def reset_registers(backend: VcpuBackend) -> None:
     backend.request_interrupt_window(False)
     backend.set("efer", 0)
     for name, value in (
-        ("cr0", 0x6000_0010), ("cr2", 0), ("cr3", 0), ("cr4", 0), ("rflags", 2), ("rip", 0xFFF0),
+        ("cr0", 0x6000_0010), ("cr2", 0), ("cr3", 0), ("cr4", 0), ("cr8", 0), ("rflags", 2), ("rip", 0xFFF0),
         ("dr0", 0), ("dr1", 0), ("dr2", 0), ("dr3", 0), ("dr6", 0xFFFF_0FF0), ("dr7", 0x400),
     ):  # fmt: skip
         backend.set(name, value)

@@ -159,6 +159,7 @@ class Vm:
                 hardware=policy.hardware,
                 phys_bits=policy.physical_bits,
             )
+            vcpu.msrs.share_task_priority(vcpu.read_apic_msr, vcpu.write_apic_msr)
             entries: Sequence[CpuidEntry] = policy.entries(index)
             backend.set_cpuid(entries)
             loop = RunLoop(self, vcpu, self.ports, self.mmio, self.memory, self.lock, _emulator, entries)

@@ -415,6 +415,40 @@ def test_cr8_is_the_local_apics(make_vm):
     assert cpu.injected == [(13, INJECT_EXCEPTION, 0)]
 
 
+def test_cr8_and_the_local_apics_tpr_are_one(make_vm):
+    seen = []
+
+    def guest(cpu):
+        cpu.exit.mmio_gpa, cpu.exit.mmio_size, cpu.exit.mmio_write, cpu.exit.mmio_value = 0xFEE00080, 4, True, 0x57
+        yield exits.MMIO
+        seen.append(cpu.get("cr8"))
+        cpu.set("cr8", 9)  # raised without an exit
+        cpu.exit.mmio_write = False
+        yield exits.MMIO
+        cpu.set("cr8", 9)
+        yield cpu.wrmsr(0x1B, 0xFEE00D00)
+        yield cpu.rdmsr(0x808)
+        yield cpu.wrmsr(0x808, 0x31)
+        seen.append(cpu.get("cr8"))
+        cpu.exit.length = 4
+        cpu.set("rdx", 3)
+        cpu.exit.qualification = 8 | 2 << 8
+        yield exits.CR_ACCESS
+        yield cpu.rdmsr(0x808)
+        yield cpu.wrmsr(0x1B, 0xFEE00100)
+        seen.append(cpu.get("cr8"))
+        yield cpu.out(END, 0xFF)
+
+    vm, processor = make_vm(guest)
+    run(vm)
+    assert seen == [5, 3, 0]
+    assert [entry for entry in processor.vcpus[0].completed if entry[0] != "wrmsr"] == [
+        ("mmio", 0x90),
+        ("rdmsr", 0x90),
+        ("rdmsr", 0x31),
+    ]
+
+
 def test_triple_fault_and_engine_error_end_the_vm(make_vm):
     def faulting(cpu):
         yield exits.TRIPLE_FAULT

@@ -131,14 +131,11 @@ cdef int write_cr3(Vcpu* v, uint64_t value) noexcept nogil:
 
 
 cdef int write_cr8(Vcpu* v, Insn* i, uint64_t value) noexcept nogil:
-    """The task priority is the monitor's too: it rereads cr8; RIP is behind the instruction."""
-    cdef bint changed = v.cr8 != value
+    """The task priority is the local APIC's: the monitor carries a change out."""
     if value >> 4:
         return gp0(v)
-    v.cr8 = value
-    advance(v, i)
-    if not changed:
-        return R_OK
+    if v.cr8 == value:
+        return advance(v, i)
     v.exit.reason = X_CR_ACCESS
     v.exit.length = i.length
     v.exit.qualification = 8 | (<uint64_t>i.rm << 8)
