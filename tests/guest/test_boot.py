@@ -328,6 +328,7 @@ def test_kaslr_puts_the_kernel_elsewhere(guest_image: GuestImage, symbols: dict[
     assert all(offset % (2 << 20) == 0 and 0 <= offset < 1 << 30 for offset in offsets)
 
 
+@pytest.mark.seed("S12")
 def test_two_machines_run_side_by_side(guest_image: GuestImage) -> None:
     with machine(guest_image) as one, machine(guest_image) as other:
         assert one.name != other.name

@@ -313,6 +313,30 @@ def test_tour_may_be_had_on_a_terminal(command: CommandLine, guest_image: GuestI
     assert terminal.is_restored
 
 
+# -- pinning -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.seed("S20")
+def test_pinned_processors_run_where_they_may(command: CommandLine, guest_image: GuestImage) -> None:
+    """By the threads' own affinity; repeated options accumulate, and a processor that is not named runs anywhere."""
+    cpus = sorted(os.sched_getaffinity(0))
+    first, last = cpus[0], cpus[-1]
+    console = command.current / "console.txt"
+    process = command.start(
+        *run_arguments(guest_image, "", "--name", "web", "--console", f"file:{console}", "-c", 3),
+        *("-p", f"0:{first}", "-p", f"1:{first}", "-p", f"1:{last}"),
+    )
+    wait_for_text(console, BANNER)
+    allowed = {}
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name.startswith("vcpu"):
+            allowed[name] = os.sched_getaffinity(int(task.name))
+    assert allowed == {"vcpu0 web": {first}, "vcpu1 web": {first, last}, "vcpu2 web": set(cpus)}
+    process.terminate()
+    assert command.finish(process).status == 143
+
+
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 

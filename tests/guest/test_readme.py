@@ -13,7 +13,7 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def python_example() -> str:
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
     return next(block for block in blocks if "import pyhyve" in block)
 
 

@@ -325,6 +325,7 @@ def test_unknown_ports_read_as_ones_and_are_counted(guest: Run) -> None:
     assert ran.statistics["unclaimed_ports"] == {"0x1234": 3 + 4 + 1 + 3}
 
 
+@pytest.mark.seed("S25")
 @pytest.mark.parametrize("where", [NOBODY, MEMORY, layout.IOAPIC_BASE - 0x1000, 0xFFFF_FFF0], ids=hex)
 def test_memory_that_is_not_there_reads_as_ones(guest: Run, where: int) -> None:
     ran = guest(
@@ -537,7 +538,7 @@ def test_random_bytes_as_code_with_handlers_end_somehow(guest: Run, seed: int) -
     pieces:
         {chr(10).join(pieces)}
         """,
-        seconds=3,
+        seconds=2,
         hang_seconds=0.3,
     )
     assert ran.kind in GUEST_ENDS | {OutcomeKind.TIMED_OUT}, ran
