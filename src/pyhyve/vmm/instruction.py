@@ -432,12 +432,19 @@ class InstructionEmulator:
 
     # -- strings -------------------------------------------------------------------------------------------------------
 
-    def _string(self, plan: _Plan, step: Callable[[_Plan], None], address_mask: int, *moved: int) -> None:
-        """Carry out one element, or up to _MAX_REPEATS of them; the registers are right after each."""
+    def _string(
+        self,
+        plan: _Plan,
+        step: Callable[[_Plan], None],
+        address_mask: int,
+        *moved: int,
+        most: int = _MAX_REPEATS,
+    ) -> None:
+        """Carry out one element, or up to `most` of them; the registers are right after each."""
         backend = self._backend
         size = plan.size
         delta = -size if backend.get("rflags") & DF else size
-        for _ in range(_MAX_REPEATS if plan.repeat else 1):
+        for _ in range(most if plan.repeat else 1):
             if plan.repeat and not backend.get_gpr(_RCX) & address_mask:
                 break
             step(plan)
@@ -498,15 +505,26 @@ class InstructionEmulator:
 
         self._string(plan, step, second.address_mask, _RDI)
 
+    def _checked(self, plan: _Plan, operand: Operand) -> int:
+        """How many elements the processor has checked: those that begin in the first one's page. The next page may not
+        be open to this privilege level; the processor checks it when the guest comes back."""
+        if not plan.repeat or not self._backend.get_gpr(_RCX) & operand.address_mask:
+            return 1
+        at = self._linear(operand) & 0xFFF
+        down = self._backend.get("rflags") & DF
+        return min(max(at // plan.size + 1 if down else (0x1000 - at) // plan.size, 1), _MAX_REPEATS)
+
     def _ins(self, plan: _Plan) -> None:
         target = plan.operands[0]
 
         def step(plan: _Plan) -> None:
             linear = self._linear(target)
             self._translate(linear, 1)  # a fault must come before the device is read
+            if (linear & 0xFFF) + plan.size > 0x1000:
+                self._translate((linear | 0xFFF) + 1, 1)
             self._store(linear, plan.size, self._devices.read_port(self._backend.get_gpr(_RDX) & 0xFFFF, plan.size))
 
-        self._string(plan, step, target.address_mask, _RDI)
+        self._string(plan, step, target.address_mask, _RDI, most=self._checked(plan, target))
 
     def _outs(self, plan: _Plan) -> None:
         source = plan.operands[1]
@@ -514,7 +532,7 @@ class InstructionEmulator:
         def step(plan: _Plan) -> None:
             self._devices.write_port(self._backend.get_gpr(_RDX) & 0xFFFF, plan.size, self._get(source))
 
-        self._string(plan, step, source.address_mask, _RSI)
+        self._string(plan, step, source.address_mask, _RSI, most=self._checked(plan, source))
 
 
 # -- flags, "EFLAGS Cross-Reference" -----------------------------------------------------------------------------------

@@ -107,6 +107,7 @@ class RunLoop:
             (exits.INTERRUPT_WINDOW, vcpu.interrupt_window_opened),
             (exits.NMI_WINDOW, vcpu.nmi_window_opened),
             (exits.CPUID, self._cpuid_exit),
+            (exits.TASK_SWITCH, self._task_switch),
             (exits.HLT, self._hlt),
             (exits.VMCALL, self._vmcall),
             (exits.CR_ACCESS, self._cr_access),
@@ -330,6 +331,13 @@ class RunLoop:
 
     def _engine_error(self) -> None:
         self.vm.engine_error(self.vcpu, self.vcpu.backend.message())
+
+    def _task_switch(self) -> None:
+        """Intel SDM vol 3, "Exit Qualification for Task Switches"."""
+        qualification = self.exit.qualification
+        source = ("CALL", "IRET", "JMP", "a task gate in the IDT")[qualification >> 30 & 3]
+        message = f"a task switch by {source} (selector {qualification & 0xFFFF:#x}), which hardware does and we do not"
+        self.vm.engine_error(self.vcpu, message)
 
     def _unexpected(self) -> None:
         exit_ = self.exit

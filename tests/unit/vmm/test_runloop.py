@@ -483,10 +483,21 @@ def test_bug_in_a_device_stops_the_vm_with_a_report(make_vm):
 
 def test_exit_nobody_asked_for_is_an_error(make_vm):
     def guest(cpu):
+        yield exits.EPT_MISCONFIG
+
+    vm, _ = make_vm(guest)
+    assert "ept-misconfig" in run(vm).detail
+
+
+def test_task_switch_is_an_error_that_says_so(make_vm):
+    def guest(cpu):
+        cpu.exit.qualification = 2 << 30 | 0x18
         yield exits.TASK_SWITCH
 
     vm, _ = make_vm(guest)
-    assert "task-switch" in run(vm).detail
+    suspended = run(vm)
+    assert suspended.how is Suspend.ERROR
+    assert suspended.detail.startswith("a task switch by JMP (selector 0x18)")
 
 
 def test_fault_raised_by_a_handler_reaches_the_guest(make_vm):

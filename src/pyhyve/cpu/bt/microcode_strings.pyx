@@ -13,7 +13,7 @@ from pyhyve.cpu.bt.codecache cimport code_written
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_system cimport io_allowed
-from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_page, mmu_read, mmu_write
+from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_page, mmu_probe_read, mmu_probe_write, mmu_read, mmu_write
 from pyhyve.cpu.bt.state cimport *
 
 cdef extern from *:
@@ -137,8 +137,20 @@ cdef inline void step(Vcpu* v, int reg, uint64_t by, uint64_t mask) noexcept nog
 
 
 cdef int in_out_string(Vcpu* v, Insn* i, uint32_t size) noexcept nogil:
-    """INS, OUTS: the monitor emulates them; only the permission is ours."""
+    """INS, OUTS: the monitor emulates them, up to the end of the page. The permissions, that of the ports and that of
+    the page, are ours."""
+    cdef uint64_t mask = size_mask(i.addrsize)
+    cdef uint64_t lin = 0
     cdef int r = io_allowed(v, <uint32_t>v.gpr[RDX] & 0xFFFF, size)
+    if r == R_OK:
+        if i.opcode < 0x6E:
+            r = linear(v, SEG_ES, v.gpr[RDI] & mask, size, ACCESS_WRITE, &lin)
+            if r == R_OK:
+                r = mmu_probe_write(v, lin, size, v.bank)
+        else:
+            r = linear(v, i.seg, v.gpr[RSI] & mask, size, ACCESS_READ, &lin)
+            if r == R_OK:
+                r = mmu_probe_read(v, lin, size, v.bank)
     if r != R_OK:
         return r
     v.exit.reason = X_IO
