@@ -335,17 +335,36 @@ def test_upper_levels_restrict_too(engine: str) -> None:
         ("mov [rbx], al", 13),
         ("call rbx", 13),
         ("jmp [rbx]", 13),
+        ("push [rbx]", 13),
+        ("pop [rbx]", 13),
+        ("call [rbx]", 13),
+        ("mov rbp, rbx; mov rax, fs:[rbp]", 13),
         ("mov rsp, rbx; push rax", 12),
+        ("mov rsp, rbx; push rax; push rcx; push rdx", 12),
+        ("mov rsp, rbx; pop rax", 12),
+        ("mov rsp, rbx; push [rip]", 12),
+        ("mov rsp, rbx; pop [rip]", 12),
+        ("mov rsp, rbx; pushfq", 12),
+        ("mov rsp, rbx; call .", 12),
+        ("mov rsp, rbx; call [rip]", 12),
+        ("mov rsp, rbx; ret", 12),
+        ("mov rsp, rbx; mov [rsp + 8], eax", 12),
+        ("mov rsp, rbx; fxsave [rsp]", 12),
+        ("mov rbp, rbx; leave", 12),
         ("mov rbp, rbx; mov rax, [rbp]", 12),
+        ("mov rbp, rbx; movups xmm0, [rbp + 3]", 12),
+        ("mov rbp, rbx; jmp [rbp]", 12),
+        ("push [rbp]; mov rbp, rbx; push [rbp]", 12),
     ],
 )
 @pytest.mark.parametrize("address", [(1 << 47) + 0x1000, 0x8000_0000_0000_0000])
-def test_addresses_that_are_not_canonical(
-    engine: str, source: str, vector: int, address: int, differs: Callable[[str, str, str], None]
-) -> None:
-    if vector == 12:
-        differs(engine, "bt", "#GP instead of #SS for an address of the stack segment")
-    faulted(run_asm(engine, source, {"rbx": address}, cpl=3), vector, 0)
+def test_addresses_that_are_not_canonical(engine: str, source: str, vector: int, address: int) -> None:
+    faulted(run_asm(engine, source, {"rbx": address, "rbp": CODE}, cpl=3), vector, 0)
+
+
+def test_an_instruction_over_a_pages_end_gives_a_stack_fault(engine: str) -> None:
+    source = "jmp 1f; .org 0xffd; 1: mov rax, [rbp + 0x100000]"
+    faulted(run_asm(engine, source, {"rbp": 1 << 50}, cpl=3), 12, 0)
 
 
 def test_smep_and_smap(whole: str) -> None:

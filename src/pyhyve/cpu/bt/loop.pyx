@@ -5,7 +5,7 @@ only, no call into the C library."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport *
-from pyhyve.cpu.bt.decode cimport C_COPY, C_INVALID, Insn
+from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_STACK, Insn, decode
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
 from pyhyve.cpu.bt.shared cimport cpu_yield, set_in_guest
@@ -75,7 +75,31 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     return <uint64_t>v.bounce
 
 
-cdef uint64_t _leave_access(Vcpu* v, int r, int group) noexcept nogil:
+cdef void _stack_fault(Vcpu* v, int access) noexcept nogil:
+    """An access of the instruction at RIP is not canonical, for which the MMU says #GP: through SS, it is #SS."""
+    cdef uint8_t code[16]
+    cdef Insn i
+    cdef uint64_t page, info
+    cdef uint32_t first = 0x1000 - <uint32_t>(v.rip & 0xFFF)
+    cdef int stack = 0
+    if first > 15:
+        first = 15
+    i.length = 0
+    if mmu_fetch(v, v.rip, v.bank, &page, &info) == R_OK:
+        bt_copy(code, <void*>(page + (v.rip & 0xFFF)), first)
+        if decode(code, first, 64, &i) == 0 and mmu_fetch(v, v.rip + first, v.bank, &page, &info) == R_OK:
+            bt_copy(code + first, <void*>page, 15 - first)
+            decode(code, 15, 64, &i)
+    if i.length:
+        if (i.cls == C_STACK or i.cls == C_BRANCH) and not (
+                i.attr & A_MEM and access == (ACCESS_WRITE if i.opcode == 0x8F else ACCESS_READ)):
+            stack = 1                            # not the operand of PUSH, POP, CALL or JMP, but the stack itself
+        elif i.attr & A_MEM:
+            stack = i.seg == SEG_SS
+    _fault(v, 12 if stack else 13, 1)
+
+
+cdef uint64_t _leave_access(Vcpu* v, int r, int group, int access) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef Block* b
     cdef uint64_t page, info
@@ -94,6 +118,8 @@ cdef uint64_t _leave_access(Vcpu* v, int r, int group) noexcept nogil:
         v.leave_reason = LEAVE_SLOW
     else:
         v.leave_reason = LEAVE_FAULT
+        if v.fault_vector == 13:
+            _stack_fault(v, access)
     return 0
 
 
@@ -114,7 +140,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             return hva - sub
         if hva:
             r = R_SLOW
-        return _leave_access(v, r, group)
+        return _leave_access(v, r, group, access)
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
         return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF) - sub
@@ -124,7 +150,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             if not code_overlaps(v, hva, width):
                 return hva
             r = R_SLOW
-    return _leave_access(v, r, group)
+    return _leave_access(v, r, group, access)
 
 
 cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
@@ -142,8 +168,7 @@ cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         if r == R_OK and info & MMU_CODE and m.access == ACCESS_WRITE:
             code_written(v, hva, m.width)
     if r != R_OK:
-        v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
-        return 0
+        return _leave_access(v, r, 0, m.access)
     return hva
 
 

@@ -371,7 +371,7 @@ cdef int enter(Vcpu* v, Insn* i) noexcept nogil:
     # the last word of the new frame must be writable
     r = linear(v, SEG_SS, sp, size, ACCESS_WRITE, &lin)
     if r == R_OK:
-        r = stack_result(v, mmu_probe_write(v, lin, size, v.bank))
+        r = mmu_probe_write(v, lin, size, v.bank)
     if r != R_OK:
         return r
     if is64(v) and size == 8:

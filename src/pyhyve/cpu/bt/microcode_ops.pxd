@@ -181,6 +181,8 @@ cdef inline int linear(Vcpu* v, int seg, uint64_t offset, uint32_t size, int acc
     """Segmentation: `size` bytes at seg:offset; #GP(0) or #SS(0) if the segment does not allow the access."""
     if is64(v):
         lin[0] = offset + (v.seg[seg].base if seg >= SEG_FS else 0)
+        if seg == SEG_SS and not (canonical(v, offset) and canonical(v, offset + size - 1)):
+            return fault_code(v, SS, 0)
         return R_OK
     return linear_checked(v, &v.seg[seg], offset, size, access, lin, SS if seg == SEG_SS else GP)
 
@@ -246,12 +248,6 @@ cdef inline void set_sp(Vcpu* v, uint64_t sp) noexcept nogil:
     else:
         v.gpr[RSP] = sp & mask
 
-cdef inline int stack_result(Vcpu* v, int r) noexcept nogil:
-    """A stack access that is not canonical is #SS."""
-    if r == R_FAULT and v.fault_vector == GP:
-        v.fault_vector = SS
-    return r
-
 cdef inline int push_to(Vcpu* v, uint64_t* sp, const void* source, uint32_t size) noexcept nogil:
     """Push `size` bytes; *sp moves, RSP does not."""
     cdef uint64_t at = (sp[0] - size) & sp_mask(v)
@@ -261,8 +257,7 @@ cdef inline int push_to(Vcpu* v, uint64_t* sp, const void* source, uint32_t size
         r = mmu_write(v, lin, source, size, v.bank)
         if r == R_OK:
             sp[0] = at
-            return R_OK
-    return stack_result(v, r)
+    return r
 
 cdef inline int pop_from(Vcpu* v, uint64_t* sp, void* out, uint32_t size) noexcept nogil:
     """Pop `size` bytes; *sp moves, RSP does not."""
@@ -272,5 +267,4 @@ cdef inline int pop_from(Vcpu* v, uint64_t* sp, void* out, uint32_t size) noexce
         r = mmu_read(v, lin, out, size, v.bank)
         if r == R_OK:
             sp[0] = (sp[0] + size) & sp_mask(v)
-            return R_OK
-    return stack_result(v, r)
+    return r

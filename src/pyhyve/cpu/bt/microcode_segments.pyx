@@ -366,7 +366,9 @@ cdef int through_gate(Vcpu* v, Insn* i, uint32_t gate_selector, uint64_t gate, b
         frame[2] = v.gpr[RSP]
         frame[3] = v.seg[SEG_SS].selector
         sp -= 32
-        r = stack_result(v, mmu_write(v, sp, frame, 32, BANK_KERNEL))
+        r = mmu_write(v, sp, frame, 32, BANK_KERNEL)
+        if r == R_FAULT and v.fault_vector == GP:
+            v.fault_vector = SS
         if r != R_OK:
             return r
         set_null(v, SEG_SS, dpl)
