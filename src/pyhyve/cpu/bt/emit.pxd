@@ -175,3 +175,9 @@ cdef inline void jmp_rx(Emit* e, uint8_t* target) noexcept nogil:
 cdef inline void call_rx(Emit* e, uint8_t* target) noexcept nogil:
     e1(e, 0xE8)
     e32(e, <uint32_t><int32_t>(target - (e.p + e.delta + 4)))
+
+cdef inline void jmp_gs(Emit* e, int32_t off) noexcept nogil:
+    """jmp gs:[off]"""
+    e1(e, 0x65)
+    e3(e, 0xFF, 0x24, 0x25)
+    e32(e, <uint32_t>off)

@@ -1,0 +1,138 @@
+# cython: language_level=3
+"""See exits.pxd."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyhyve.cpu.bt.codecache cimport ibt_hash
+from pyhyve.cpu.bt.context cimport *
+from pyhyve.cpu.bt.emit cimport *
+from pyhyve.cpu.bt.state cimport IBT_ENTRIES, Vcpu
+from pyhyve.cpu.bt.thunks cimport LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta
+
+
+cdef inline bint _linkable(T* t, uint64_t target) noexcept nogil:
+    return not t.slow and not t.straddle and ((target + t.csbase) & ~<uint64_t>0xFFF) == t.page
+
+
+cdef void _go_ibt(T* t, uint64_t target) noexcept nogil:
+    """Jump to a fixed target through the table."""
+    mov_imm(&t.e, H_T0, target)
+    if t.slow:
+        mov_imm(&t.e, H_T1, LEAVE_BRANCH)
+        jmp_rx(&t.e, t.c.leave)
+    else:
+        jmp_gs(&t.e, o_ibt() + <int32_t>(t.bank * IBT_ENTRIES + ibt_hash(target)) * 8)
+
+
+cdef void go_ibt_r10(T* t) noexcept nogil:
+    """Jump to the guest address in r10."""
+    if t.slow:
+        mov_imm(&t.e, H_T1, LEAVE_BRANCH)
+        jmp_rx(&t.e, t.c.leave)
+        return
+    mov_imm(&t.e, H_T1, 0)
+    # crc32 r11, r10: a hash that leaves flags alone
+    e2(&t.e, 0xF2, 0x4D)
+    e3(&t.e, 0x0F, 0x38, 0xF1)
+    e1(&t.e, 0xDA)
+    pext_gs(&t.e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
+    # jmp gs:[r11 * 8 + table]
+    e3(&t.e, 0x65, 0x42, 0xFF)
+    e2(&t.e, 0x24, 0xDD)
+    e32(&t.e, <uint32_t>(o_ibt() + t.bank * IBT_ENTRIES * 8))
+
+
+cdef void go(T* t, uint64_t target, int poll) noexcept nogil:
+    """Unconditional jump to a guest address known now."""
+    cdef Stub* s
+    if _linkable(t, target):
+        s = new_stub(t, K_LINK, jmp_fwd(&t.e))
+        s.rip = target
+        s.poll = poll
+    else:
+        _go_ibt(t, target)
+
+
+cdef void jcc_go(T* t, int cc, uint64_t target, int poll) noexcept nogil:
+    cdef Stub* s
+    s = new_stub(t, K_LINK if _linkable(t, target) else K_EXIT, jcc_fwd(&t.e, cc))
+    s.rip = target
+    s.poll = poll
+
+
+cdef void micro_end(T* t, int i) noexcept nogil:
+    """The block ends: instruction i runs in microcode, out of generated code."""
+    cdef Stub* s = new_stub(t, K_MICRO_END, jmp_fwd(&t.e))
+    s.index = i
+
+
+cdef void _put_micro_meta(T* t, int i, uint8_t* resume) noexcept nogil:
+    cdef MicroMeta* m = <MicroMeta*>t.e.p
+    m.rip = t.rips[i]
+    m.resume = 0
+    m.pad = 0
+    m.insn = t.insns[i]
+    t.e.p += sizeof(MicroMeta)
+    if resume == NULL:
+        m.resume = <int32_t>sizeof(MicroMeta)
+    else:
+        m.resume = <int32_t>(resume - <uint8_t*>m)
+
+
+cdef void micro_inline(T* t, int i) noexcept nogil:
+    """Instruction i runs in microcode; the block goes on behind it."""
+    call_rx(&t.e, t.c.micro)
+    _put_micro_meta(t, i, NULL)
+
+
+cdef void emit_stubs(T* t) noexcept nogil:
+    cdef int i
+    cdef Stub* s
+    cdef MissMeta* m
+    cdef LinkMeta* l
+    for i in range(t.n_stubs):
+        s = &t.stubs[i]
+        rel32_to(s.site, t.e.p)
+        if s.kind == K_MISS or s.kind == K_MISS_LIVE:
+            if s.kind == K_MISS:
+                # xor r10, gs:[r11 + tag]: the linear address again
+                e2(&t.e, 0x65, 0x4D)
+                e2(&t.e, 0x33, 0x93)
+                e32(&t.e, <uint32_t>s.off)
+            else:
+                # rcx = the tag; r10 += rcx; restore rcx
+                e3(&t.e, 0x65, 0x4A, 0x8B)
+                e2(&t.e, 0x0C, 0xDD)
+                e32(&t.e, <uint32_t>s.off)
+                lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
+                ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
+            call_rx(&t.e, t.c.miss)
+            m = <MissMeta*>t.e.p
+            m.rip = s.rip
+            m.resume = <int32_t>(s.resume - t.e.p)
+            m.width = <uint16_t>s.width
+            m.access = <uint8_t>s.access
+            m.bank = <uint8_t>s.index
+            t.e.p += sizeof(MissMeta)
+        elif s.kind == K_LINK:
+            mov_imm(&t.e, H_T0, s.rip)
+            call_rx(&t.e, t.c.link)
+            l = <LinkMeta*>t.e.p
+            l.site = <int32_t>(s.site - t.e.p)
+            l.poll = <uint8_t>s.poll
+            t.e.p += sizeof(LinkMeta)
+        elif s.kind == K_EXIT:
+            _go_ibt(t, s.rip)
+        elif s.kind == K_POLL:
+            mov_imm(&t.e, H_T0, s.rip)
+            mov_imm(&t.e, H_T1, LEAVE_POLL)
+            jmp_rx(&t.e, t.c.leave)
+        elif s.kind == K_MICRO:
+            if s.poll:
+                flags_restore(t)
+            call_rx(&t.e, t.c.micro)
+            _put_micro_meta(t, s.index, s.resume)
+        elif s.kind == K_MICRO_END:
+            mov_imm(&t.e, H_T0, t.rips[s.index])
+            call_rx(&t.e, t.c.micro_end)
+            _put_micro_meta(t, s.index, NULL)

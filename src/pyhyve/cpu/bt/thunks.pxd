@@ -1,0 +1,47 @@
+# cython: language_level=3
+"""What generated code and the helpers of loop.pyx agree on, and the fixed code at the start of the cache through which
+one reaches the other."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from pyhyve.cpu.bt.codecache cimport Cache
+from pyhyve.cpu.bt.decode cimport Insn
+from pyhyve.cpu.bt.state cimport Vcpu
+
+cdef enum:
+    # Vcpu.leave_reason
+    LEAVE_BRANCH = 1        # go on at v.rip
+    LEAVE_LINK = 2          # go on at v.rip; leave_arg: LinkMeta of the jump that may be patched
+    LEAVE_POLL = 3          # v.poll was set
+    LEAVE_MICRO = 4         # leave_arg: MicroMeta of an instruction to run in microcode
+    LEAVE_FAULT = 5         # v.fault_* at v.rip
+    LEAVE_EXIT = 6          # v.exit is filled
+    LEAVE_SLOW = 7          # run the instruction at v.rip as a slow block
+    LEAVE_SINGLE = 8        # go on at v.rip with stack accesses checked one by one
+
+    GROUP = 0x80            # in MissMeta.access: several stack accesses checked at once
+    SHARED = 0x40           # the check serves later accesses too: the helper returns the addend
+
+ctypedef packed struct LinkMeta:    # behind a call of the link thunk
+    int32_t site            # the rel32 to patch: its address less this structure's
+    uint8_t poll            # the link closes a loop: go to entry_poll
+
+ctypedef packed struct MissMeta:    # behind a call of the miss, slow or commit thunk
+    uint64_t rip
+    int32_t resume          # where to go on: its address less this structure's
+    uint16_t width
+    uint8_t access
+    uint8_t bank
+
+ctypedef packed struct MicroMeta:   # behind a call of the micro thunk
+    uint64_t rip
+    int32_t resume
+    uint32_t pad
+    Insn insn
+
+# The helpers that thunks call; set by loop.pyx before thunks are made.
+ctypedef uint64_t (*miss_fn)(Vcpu*, uint64_t, MissMeta*) noexcept nogil
+ctypedef uint64_t (*micro_fn)(Vcpu*, MicroMeta*) noexcept nogil
+
+# Generate the fixed entry and exit code at the start of the cache.
+cdef void make_thunks(Cache* c, miss_fn miss, miss_fn slow, miss_fn commit, micro_fn micro) noexcept nogil
