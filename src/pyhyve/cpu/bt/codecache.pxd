@@ -43,6 +43,7 @@ cdef struct Block:
     uint32_t ibt_slot       # index in Vcpu.ibt where it may stand
     uint32_t straddle       # its only instruction ends in another page
     uint64_t hva2           # that page
+    uint64_t look           # chunks of its page that were read to learn which flags its successors need
 
 cdef struct CodePage:
     uint64_t hva            # page address, 0: free

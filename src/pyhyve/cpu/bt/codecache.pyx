@@ -313,7 +313,7 @@ cdef bint block_add(Cache* c, Block* b) noexcept nogil:
     cdef int told, told2
     if b.straddle:
         first_len = 0x1000 - (b.hva & 0xFFF)
-    told = _add_to_page(c, page, _chunks(b.hva & 0xFFF, first_len), &p)
+    told = _add_to_page(c, page, _chunks(b.hva & 0xFFF, first_len) | b.look, &p)
     if not told:
         return False
     b.hash_next = c.hash[h]

@@ -26,6 +26,9 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
         n = decode(code, 0x1000 - <int>(lin & 0xFFF), t.size, &i)
         if n <= 0 or i.cls == C_INVALID:
             return live | todo
+        # the block relies on these bytes: a store to them drops it
+        t.b.look |= <uint64_t>1 << ((lin & 0xFFF) >> 6)
+        t.b.look |= <uint64_t>1 << (((lin & 0xFFF) + n - 1) >> 6 & 63)
         live |= i.flags_read & todo
         todo &= ~i.flags_killed
         if todo == 0:
