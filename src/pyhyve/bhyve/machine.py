@@ -5,7 +5,6 @@ bridge. Addresses are `layout`'s.
 """
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from pyhyve.bhyve.lpc.pm import PM1_LENGTH, PowerManagement
 from pyhyve.bhyve.lpc.port92 import SystemControl
 from pyhyve.bhyve.lpc.post import PostCode
 from pyhyve.bhyve.lpc.reset import ResetControl
-from pyhyve.bhyve.names import NameLock
+from pyhyve.bhyve.names import NameLock, own_name
 from pyhyve.bhyve.outcome import ConsoleWatch, Outcome, OutcomeKind, classify
 from pyhyve.bhyve.pci.bus import ConfigPorts, Ecam, PciBus
 from pyhyve.bhyve.pci.device import BarKind
@@ -99,7 +98,7 @@ class Machine:
         if config.cpus > most:
             raise UsageError(f"-c {config.cpus}: the {engine.name} processor has at most {most}")
         with contextlib.ExitStack() as undo:
-            self._lock = NameLock(config.name or f"vm-{os.getpid()}-{id(self) & 0xFFFFFF:x}")
+            self._lock = NameLock(config.name or own_name(self))
             undo.callback(self._lock.release)
             self.vm = Vm(self._lock.name, engine, config.cpus, timing=timing)
             undo.callback(self.vm.close)

@@ -6,6 +6,7 @@ taken over. The file's text (the holder's process id) is for people.
 
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Final
@@ -13,6 +14,12 @@ from typing import Final
 from pyhyve.base.errors import HostError, UsageError
 
 _ATTEMPTS: Final = 16
+_OWN_NAME: Final = re.compile(r"vm-(\d+)-[0-9a-f]+")
+
+
+def own_name(owner: object) -> str:
+    """Return a name for one run that nobody else takes."""
+    return f"vm-{os.getpid()}-{id(owner) & 0xFFFFFF:x}"
 
 
 def runtime_directory() -> Path:
@@ -66,15 +73,36 @@ class NameLock:
             if self._is_current(fd):
                 os.ftruncate(fd, 0)
                 os.write(fd, f"{os.getpid()}\n".encode())
+                self._sweep()
                 return fd
             os.close(fd)
         raise HostError(f"cannot lock {self.path}: it keeps being replaced")
 
-    def _is_current(self, fd: int) -> bool:
+    def _is_current(self, fd: int, path: Path | None = None) -> bool:
         try:
-            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+            return os.path.samestat(os.fstat(fd), os.lstat(path or self.path))
         except FileNotFoundError:
             return False
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left of the names made for one run: nobody asks for those again."""
+        for path in self.path.parent.iterdir():
+            match = _OWN_NAME.fullmatch(path.name)
+            if match is None or os.path.exists(f"/proc/{match[1]}"):
+                continue
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except OSError:
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # As release() does: whoever opened it before sees that it is no longer the one.
+                if self._is_current(fd, path):
+                    path.unlink(missing_ok=True)
+            except OSError:
+                pass  # somebody's
+            finally:
+                os.close(fd)
 
     def release(self) -> None:
         """Give the name back. Idempotent."""

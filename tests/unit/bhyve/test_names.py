@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pyhyve.base.errors import HostError, UsageError
-from pyhyve.bhyve.names import NameLock, runtime_directory
+from pyhyve.bhyve.names import NameLock, own_name, runtime_directory
 
 HOLDER = """
 import sys, time
@@ -45,6 +45,18 @@ def test_name_of_a_killed_process_is_taken_over(tmp_path):
     holder.stdout.close()
     assert (tmp_path / "lock" / "web").exists(), "it had no chance to remove its file"
     NameLock("web", tmp_path).release()
+
+
+def test_names_made_for_one_run_go_when_their_process_has_gone(tmp_path):
+    mine = NameLock(own_name(tmp_path), tmp_path)
+    place = tmp_path / "lock"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (place / f"vm-{gone.pid}-abc").touch()
+    (place / "vm-web").touch()
+    NameLock("web", tmp_path).release()
+    assert {path.name for path in place.iterdir()} == {mine.name, "vm-web"}
+    mine.release()
 
 
 def _contend(directory, results):
