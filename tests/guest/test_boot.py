@@ -180,18 +180,22 @@ def test_paused_guest_stands_still_and_so_does_its_clock(shell: Shell) -> None:
     shell.machine.pause()
     printed = len(shell.machine.console.output)
     shell.type("echo pa''used\n")
-    time.sleep(1.5)
+    time.sleep(4)
     assert len(shell.machine.console.output) == printed
     shell.machine.resume()
     shell.machine.console.expect("paused\r\n")
-    assert float(shell("cut -d ' ' -f 1 /proc/uptime")) - before < 1.2
+    assert float(shell("cut -d ' ' -f 1 /proc/uptime")) - before < 3.5  # the guest's clock stood still for four seconds
 
 
-def test_idle_guest_costs_next_to_nothing(shell: Shell) -> None:
+def test_idle_guest_lets_its_host_thread_sleep(shell: Shell) -> None:
+    """What it costs is measured by bench/devices.py; here: a halted vCPU's thread waits, it does not spin."""
     time.sleep(0.3)
-    before = time.process_time()
-    time.sleep(2)
-    assert (time.process_time() - before) / 2 < 0.02
+    (thread,) = (task for task in Path("/proc/self/task").iterdir() if "vcpu" in (task / "comm").read_text())
+    states = []
+    for _ in range(50):
+        time.sleep(0.02)
+        states.append((thread / "stat").read_text().rpartition(")")[2].split()[0])
+    assert states.count("S") > 40
 
 
 def test_statistics_tell_what_the_run_cost(shell: Shell) -> None:

@@ -340,15 +340,6 @@ def test_pinned_processors_run_where_they_may(command: CommandLine, guest_image:
 # -- what it costs -----------------------------------------------------------------------------------------------------
 
 
-def test_help_answers_at_once(command: CommandLine) -> None:
-    def took() -> float:
-        started = time.monotonic()
-        assert command.run("--help").status == 0
-        return time.monotonic() - started
-
-    assert min(took() for _ in range(5)) < 0.2  # 0.1 s, and twice that on a busy host
-
-
 def test_guest_at_its_prompt_costs_the_host_little_memory(command: CommandLine, guest_image: GuestImage) -> None:
     """A 256 MiB guest: under 64 MiB beyond what the guest touched."""
     terminal = command.on_terminal(*run_arguments(guest_image, "quiet", "-m", "256M"))
