@@ -16,7 +16,6 @@ cdef struct SharedPage:
     uint64_t hva            # page address; 0: free
     uint64_t chunks         # 64-byte pieces that some vCPU translated from
     uint64_t mask           # vCPUs that have (or had) blocks of it
-    uint64_t writes         # counts stores to the page by the slow path
 
 cdef struct Message:
     uint64_t hva
@@ -47,7 +46,6 @@ cdef SharedPage* shared_enter(Shared* s, uint64_t page, int me, bint* fresh) noe
 cdef void shared_add_chunks(Shared* s, SharedPage* p, uint64_t chunks) noexcept nogil
 cdef void shared_leave(Shared* s, uint64_t page, int me) noexcept nogil
 cdef void shared_leave_all(Shared* s, int me) noexcept nogil
-cdef void shared_count_write(SharedPage* p) noexcept nogil
 # Tell vCPU `to`; returns the ticket that its `done` reaches when it has been dealt with.
 cdef uint64_t inbox_put(Inbox* to, uint64_t hva, uint64_t length) noexcept nogil
 cdef void inbox_lock(Inbox* inbox) noexcept nogil

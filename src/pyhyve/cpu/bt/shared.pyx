@@ -12,7 +12,6 @@ cdef extern from *:
                 __builtin_ia32_pause();
     }
     static inline void bt_unlock(uint32_t *lock) { __atomic_store_n(lock, 0, __ATOMIC_RELEASE); }
-    static inline void bt_add(uint64_t *p) { __atomic_fetch_add(p, 1, __ATOMIC_SEQ_CST); }
     static inline void bt_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     static inline uint32_t bt_load32(uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline uint64_t bt_load64(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
@@ -26,7 +25,6 @@ cdef extern from *:
     """
     void bt_lock(uint32_t* lock) noexcept nogil
     void bt_unlock(uint32_t* lock) noexcept nogil
-    void bt_add(uint64_t* p) noexcept nogil
     void bt_store32(uint32_t* p, uint32_t v) noexcept nogil
     uint32_t bt_load32(uint32_t* p) noexcept nogil
     uint64_t bt_load64(uint64_t* p) noexcept nogil
@@ -106,10 +104,6 @@ cdef void shared_leave_all(Shared* s, int me) noexcept nogil:
             if s.pages[i].mask == 0:
                 s.pages[i].chunks = 0
     bt_unlock(&s.lock)
-
-
-cdef void shared_count_write(SharedPage* p) noexcept nogil:
-    bt_add(&p.writes)
 
 
 cdef uint64_t inbox_put(Inbox* to, uint64_t hva, uint64_t length) noexcept nogil:

@@ -211,7 +211,6 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
     cdef Access* a = &t.acc[n][k]
     cdef Emit* e = &t.e
     cdef Share* s
-    cdef Access wide
     cdef int j
     cdef int32_t lo, hi
     if not a.valid or t.single:
