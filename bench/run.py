@@ -1,7 +1,8 @@
 """The benchmark: make bench, or python bench/run.py [--runs N] [--only NAME,...] [--quick] [--json]
 
 Boots the same kernel and initramfs under pyhyve and under QEMU's TCG, in turn, and runs the eight workloads of
-guest/bench.sh in both and natively. Prints a table, writes bench/out/latest.json. See docs/performance.md.
+guest/bench.sh in both and natively; so a program that computes in floating point, and two jobs at once on four
+processors. Prints a table, writes bench/out/latest.json. See docs/performance.md.
 """
 
 import argparse
@@ -18,19 +19,23 @@ from pathlib import Path
 from typing import Final
 
 import console
+import guests
 import host
 import results
 from processes import BenchError, Finished, Interrupted, interrupt, run_to_end
-from results import BOOT, NAMES, OUTPUT, SIDES, WORKLOADS, Samples
+from results import BOOT, FP, NAMES, OUTPUT, PARALLEL, SIDES, TIMED, Samples, Speedups
 from rich.console import Console
 
 DEFAULT_RUNS: Final = 5
 DEFAULT_TIMEOUT: Final = 600.0
 MEMORY_MIB: Final = 256
 APPEND: Final = "console=ttyS0"
-QEMU_MACHINE: Final = ("-accel", "tcg", "-cpu", "max", "-machine", "q35", "-nographic", "-no-reboot")
+PARALLEL_CPUS: Final = 4
+_SERIAL: Final = "serial"
+"""bench.sh's name for the two jobs of PARALLEL one after the other."""
+QEMU_MACHINE: Final = ("-accel", "tcg,thread=multi", "-cpu", "max", "-machine", "q35", "-nographic", "-no-reboot")
 _SHARED_MEMORY: Final = Path("/dev/shm")
-_SCRATCH_BYTES: Final = 64 << 20
+_SCRATCH_BYTES: Final = 96 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """What is booted, and the same busybox for the host."""
+    """What is booted, and the same busybox for the host; beside the script is what it runs."""
 
     kernel: Path
     initramfs: Path
@@ -96,9 +101,10 @@ class Bench:
         self._options = options
         self._scratch = scratch
         self._progress = progress
-        self._workloads = [name for name in options.names if name in WORKLOADS]
+        self._timed = [name for name in options.names if name in TIMED]
         self._digests: dict[str, tuple[str, str]] = {}
-        self.samples = {name: Samples() for name in options.names}
+        self.samples = {name: Samples() for name in options.names if name != PARALLEL}
+        self.speedups = Speedups()
 
     def measure(self, run: int) -> None:
         """One run of everything. BenchError, with the side that failed, if anything is not as it should be."""
@@ -107,18 +113,24 @@ class Bench:
                 finished = self._run(run, side, "boot", self._command(side, "pyhyve.run=/dev/null"))
                 self._checking(side, "boot", finished, functools.partial(console.check_boot, finished))
                 self.samples[BOOT].of(side).append(finished.seconds)
-        if self._workloads:
+        if self._timed:
             for side in SIDES:
-                self._measure_workloads(run, side)
+                for name, seconds in self._workloads(run, side, "workloads", self._timed, 1).items():
+                    self.samples[name].of(side).append(seconds)
+        if PARALLEL in self._options.names:
+            for side in SIDES:
+                measured = self._workloads(run, side, "two jobs", [_SERIAL, PARALLEL], PARALLEL_CPUS)
+                self.speedups.add(side, measured[_SERIAL], measured[PARALLEL])
 
-    def _measure_workloads(self, run: int, side: str) -> None:
-        names = self._workloads
+    def _workloads(self, run: int, side: str, what: str, names: Sequence[str], cpus: int) -> dict[str, float]:
+        """Run these of bench.sh's workloads, in one boot on guests; return their seconds."""
         if side == "native":
             command = [str(self._guest.busybox), "sh", str(self._guest.script), *names]
         else:
             # Without the kernel's own messages, which would stand in the middle of ours.
-            command = self._command(side, f"quiet pyhyve.bench={','.join(names)}")
-        finished = self._run(run, side, "workloads", command)
+            command = self._command(side, f"quiet pyhyve.bench={','.join(names)}", cpus)
+        finished = self._run(run, side, what, command)
+        seconds = {}
 
         def check() -> None:
             if side != "native":
@@ -126,10 +138,11 @@ class Bench:
             elif finished.status != 0:
                 raise BenchError(f"exit status {finished.status}")
             for name, measured in console.parse(finished.lines, names).items():
-                self._compare(name, side, measured.digest)
-                self.samples[name].of(side).append(measured.seconds)
+                self._compare(PARALLEL if name == _SERIAL else name, side, measured.digest)
+                seconds[name] = measured.seconds
 
-        self._checking(side, "workloads", finished, check)
+        self._checking(side, what, finished, check)
+        return seconds
 
     def _compare(self, name: str, side: str, digest: str) -> None:
         """Whoever computes faster must also compute the same."""
@@ -137,12 +150,12 @@ class Bench:
         if digest != expected:
             raise BenchError(f"{name}: its output is not that of {other} ({digest}, not {expected})")
 
-    def _command(self, side: str, append: str) -> list[str]:
+    def _command(self, side: str, append: str, cpus: int = 1) -> list[str]:
         guest, line = self._guest, f"{APPEND} {append}"
         if side == "pyhyve":
-            command = [*host.pyhyve_command(), "run", "--processor", "bt", "-m", f"{MEMORY_MIB}M"]
+            command = [*host.pyhyve_command(), "run", "--processor", "bt", "-c", str(cpus), "-m", f"{MEMORY_MIB}M"]
             return [*command, "--kernel", str(guest.kernel), "--initrd", str(guest.initramfs), "--append", line]
-        command = [self._qemu, *QEMU_MACHINE, "-m", str(MEMORY_MIB)]
+        command = [self._qemu, *QEMU_MACHINE, "-smp", str(cpus), "-m", str(MEMORY_MIB)]
         return [*command, "-kernel", str(guest.kernel), "-initrd", str(guest.initramfs), "-append", line]
 
     def _run(self, run: int, side: str, what: str, command: Sequence[str]) -> Finished:
@@ -214,7 +227,7 @@ def run(options: Options, progress: Progress) -> None:
 
     from pyhyve.base.errors import PyhyveError
     from pyhyve.bhyve.boot import guestimage
-    from pyhyve.bhyve.boot.initramfs import guest_script
+    from pyhyve.bhyve.boot.initramfs import GUEST_BENCH, guest_script
 
     try:
         image = guestimage.get(progress.fetching)
@@ -233,19 +246,25 @@ def run(options: Options, progress: Progress) -> None:
     with scratch_directory() as scratch:
         script = scratch / "bench.sh"
         script.write_bytes(guest_script("bench.sh"))
-        guest = Guest(image.kernel, image.initramfs, image.busybox, script)
+        initramfs = image.initramfs
+        if FP in options.names:
+            program = guests.compile_static(FP, scratch)
+            name = str(Path(GUEST_BENCH).with_name(FP))
+            initramfs = guests.write_initramfs(image.busybox, {name: program}, scratch / "initramfs.cpio")
+        guest = Guest(image.kernel, initramfs, image.busybox, script)
         bench = Bench(guest, qemu, options, scratch, progress)
         for number in range(1, options.runs + 1):
             bench.measure(number)
     progress.finish()
-    rows = [results.make_row(name, bench.samples[name]) for name in options.names]
-    document = results.report(machine, rows)
+    rows = [results.make_row(name, samples) for name, samples in bench.samples.items()]
+    speedups = bench.speedups if PARALLEL in options.names else None
+    document = results.report(machine, rows, speedups)
     path = OUTPUT / "latest.json"
     results.write_json(path, document)
     if options.as_json:
         print(json.dumps(document, indent=2))
     else:
-        Console().print(results.table(rows, bench.samples))
+        Console().print(results.table(rows, bench.samples, speedups))
     print(f"bench: wrote {os.path.relpath(path)}", file=sys.stderr)
 
 

@@ -1,8 +1,10 @@
 """The benchmark's arithmetic, its reading of a guest's console, and that nothing of it is left behind."""
 
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,19 +13,22 @@ from pathlib import Path
 
 import iced_x86
 import pytest
+import rich.console
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import console  # noqa: E402 - these are found by the path above
 import devices  # noqa: E402
+import guests  # noqa: E402
 import results  # noqa: E402
 from console import Measured, parse, workload_started  # noqa: E402
 from processes import BenchError, Finished, Line, Signals, run_to_end  # noqa: E402
-from results import Samples, geometric_mean, make_row, report, write_json  # noqa: E402
+from results import Samples, Speedups, geometric_mean, make_row, report, write_json  # noqa: E402
 from run import parse_arguments  # noqa: E402
 
 DIGEST = "0123456789abcdef0123456789abcdef"
+MACHINE = dict.fromkeys(("date", "cpu", "cpus", "kernel", "guest", "qemu", "python", "load"), "?")
 
 
 def lines(*texts: str, step: float = 1.0) -> list[Line]:
@@ -132,13 +137,14 @@ def test_there_is_no_geometric_mean_of_fewer() -> None:
 
 
 def test_the_json_has_the_documented_form(tmp_path: Path) -> None:
-    samples = {"boot": Samples([1.5], [2.0])} | eight()
+    samples = {"boot": Samples([1.5], [2.0])} | eight() | {"fp": Samples([1.0], [10.0], [0.5])}
     path = tmp_path / "out" / "latest.json"
     write_json(path, report({"cpu": "a processor"}, [make_row(name, each) for name, each in samples.items()]))
     document = json.loads(path.read_text())
-    assert list(document) == ["machine", "rows", "geomean"]
+    assert list(document) == ["machine", "rows", "geomean", "parallel", "targets"]
     assert document["machine"] == {"cpu": "a processor"}
-    assert [row["name"] for row in document["rows"]] == list(results.NAMES)
+    assert [row["name"] for row in document["rows"]] == [name for name in results.NAMES if name != results.PARALLEL]
+    assert document["parallel"] is None
     assert document["rows"][0] == {
         "name": "boot", "pyhyve": 1.5, "qemu": 2.0, "native": None, "vs_qemu": 0.75, "vs_native": None, "runs": 1
     }  # fmt: skip
@@ -149,13 +155,44 @@ def test_the_json_has_the_documented_form(tmp_path: Path) -> None:
     assert os.listdir(path.parent) == ["latest.json"]
 
 
+def test_floating_point_has_no_part_in_the_geometric_mean() -> None:
+    rows = [make_row(name, each) for name, each in (eight() | {"fp": Samples([1.0], [100.0], [1.0])}).items()]
+    assert geometric_mean(rows, "vs_qemu") == pytest.approx(0.5)
+
+
+def test_a_speedup_is_the_median_of_the_runs_own() -> None:
+    speedups = Speedups()
+    for serial, parallel in [(3.0, 2.0), (4.0, 2.0), (9.0, 5.0)]:
+        for side in results.SIDES:
+            speedups.add(side, serial, parallel)
+    assert speedups.of("pyhyve") == pytest.approx(1.8)
+    assert speedups.to_json()["qemu"] == {"serial": 4.0, "parallel": 2.0, "speedup": 1.8}
+
+
+def test_targets_are_shown_beside_what_was_measured() -> None:
+    samples = {"boot": Samples([1.5], [2.0])} | eight() | {"fp": Samples([1.0], [10.0], [0.5])}
+    rows = [make_row(name, each) for name, each in samples.items()]
+    speedups = Speedups()
+    for side in results.SIDES:
+        speedups.add(side, 3.0, 2.0)
+    console_ = rich.console.Console(width=100, file=io.StringIO())
+    console_.print(results.table(rows, samples, speedups))
+    drawn = console_.file.getvalue()  # type: ignore[attr-defined]
+    for name, verdict in [("boot", "≤0.6 missed"), ("dd", "≤0.5 met"), ("fp", "≤0.1 met"), ("parallel", "≥1.7 missed")]:
+        assert re.search(rf"{name} .*{re.escape(verdict)}", drawn), drawn
+    assert "≤0.2 missed" in drawn
+    assert "vs native: ≤3 met" in drawn
+    text = results.markdown(report(MACHINE, rows, speedups))
+    assert "| fp | 1.000 | 10.000 | 0.500 | 0.10 | ≤ 0.1 | 2.00 | 1 |" in text
+    assert "pyhyve 1.50 times as fast" in text
+
+
 def test_the_table_of_the_documentation_is_made_of_the_json() -> None:
-    machine = dict.fromkeys(("date", "cpu", "cpus", "kernel", "guest", "qemu", "python", "load"), "x")
     rows = [make_row(name, each) for name, each in ({"boot": Samples([1.5], [2.0])} | eight()).items()]
-    text = results.markdown(report(machine, rows)).splitlines()
-    assert text[4] == "| boot | 1.500 | 2.000 | - | 0.75 | - | 1 |"
-    assert text[5] == "| sha256sum | 1.000 | 2.000 | 0.500 | 0.50 | 2.00 | 1 |"
-    assert text[-1] == "| **geometric mean of the eight** | | | | 0.50 | 2.00 | |"
+    text = results.markdown(report(MACHINE, rows)).splitlines()
+    assert text[4] == "| boot | 1.500 | 2.000 | - | 0.75 | ≤ 0.6 | - | 1 |"
+    assert text[5] == "| sha256sum | 1.000 | 2.000 | 0.500 | 0.50 | ≤ 0.5 | 2.00 | 1 |"
+    assert text[-1] == "| **geometric mean of the eight** | | | | 0.50 | ≤ 0.2 | 2.00 (target ≤ 3) | |"
 
 
 def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
@@ -165,6 +202,24 @@ def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> 
         write_json(path, {"rows": [float("nan")]})
     assert json.loads(path.read_text()) == {"rows": []}
     assert os.listdir(tmp_path) == ["latest.json"]
+
+
+# -- what is put into guests -------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchError, match=r"^fp: needs a C compiler; install it: sudo apt-get install gcc libc6-dev$"):
+        guests.compile_static("fp", tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_the_floating_point_program_computes_what_it_computed_before(tmp_path: Path) -> None:
+    program = guests.compile_static("fp", tmp_path)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout.split() == [
+        "mandelbrot", "41743c31b3b080dc", "nbody", "4089600971eab422",
+        "matrix", "4121dfc4151dcd0c", "polynomial", "413610fb318198f9",
+    ]  # fmt: skip
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------

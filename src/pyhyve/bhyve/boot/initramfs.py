@@ -2,8 +2,12 @@
 
 from collections.abc import Mapping
 from importlib.resources import files
+from typing import Final
 
 from pyhyve.bhyve.boot.cpio import CpioWriter
+
+GUEST_BENCH: Final = "/etc/pyhyve/bench.sh"
+"""Where the benchmark's script is in the guest; it looks beside itself for programs that it runs."""
 
 _GUEST_FILES = files("pyhyve.bhyve.boot") / "guest"
 
@@ -32,7 +36,7 @@ def build_initramfs(busybox: bytes, extra: Mapping[str, bytes] | None = None, *,
     archive.file("bin/busybox", busybox, 0o755)
     archive.symlink("bin/sh", "busybox")
     archive.file("init", guest_script("init.sh"), 0o755)
-    archive.file("etc/pyhyve/bench.sh", guest_script("bench.sh"), 0o755)
+    archive.file(GUEST_BENCH, guest_script("bench.sh"), 0o755)
     archive.file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
     archive.file("etc/group", b"root:x:0:\n")
     for path, data in (extra or {}).items():

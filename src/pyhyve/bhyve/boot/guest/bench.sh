@@ -1,11 +1,14 @@
 #!/bin/busybox sh
 # The workloads of pyhyve's benchmark, each timed where it runs. The same file runs in the guest and on the host:
 #   busybox sh bench.sh [all | NAME...]
+# "all" is the eight. "fp" runs the program fp beside this file; "serial" and "parallel" do the same two jobs, one after
+# the other and at the same time.
 # For each workload it prints "RUN name" as the clock starts, "BENCH name seconds" when it has stopped, and "CHECK name
 # digest" of the output, which is the same wherever the same busybox runs rightly. Everything is done by this shell's
 # own busybox.
 
 busybox=$(readlink /proc/$$/exe)
+here=${0%/*}
 dir=$(mktemp -d "${TMPDIR:-/tmp}/bench.XXXXXX") || exit 1
 trap 'rm -rf "$dir"' EXIT
 
@@ -60,7 +63,33 @@ bench_md5sum() { "$busybox" seq 1 1000000 | "$busybox" md5sum; }
 
 bench_sort() { "$busybox" seq 1 300000 | "$busybox" sort -n; }
 
+bench_fp() { "$here/fp"; }
+
+# About as much awk as shell, so that two of it are two processes that compute and start others.
+job() {
+	"$busybox" awk 'BEGIN { x = 0.5; for (i = 0; i < 250000; i++) x = x * 1.0000001 + 0.5 / (i + 1); printf "%.12g\n", x }'
+	i=0 sum=0
+	while [ $i -lt 60000 ]; do
+		i=$((i + 1))
+		sum=$(((sum * 31 + i) & 0xffffff))
+	done
+	echo $sum
+}
+
+bench_serial() {
+	(job)
+	(job)
+}
+
+bench_parallel() {
+	job >"$dir/first" &
+	job >"$dir/second" &
+	wait
+	"$busybox" cat "$dir/first" "$dir/second"
+}
+
 names="sha256sum gzip awk forkexec dd shell md5sum sort"
+more="fp serial parallel"
 
 [ $# -gt 0 ] || set -- all
 for name in $*; do
@@ -69,10 +98,10 @@ done
 
 status=0
 for name in $*; do
-	case " $names " in
+	case " $names $more " in
 	*" $name "*) ;;
 	*)
-		echo "bench.sh: unknown workload '$name'; there are: $names" >&2
+		echo "bench.sh: unknown workload '$name'; there are: $names $more" >&2
 		status=2
 		continue
 		;;
