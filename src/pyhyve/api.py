@@ -8,6 +8,7 @@ from typing import Self
 
 from pyhyve.bhyve import config, machine
 from pyhyve.bhyve.console import CaptureConsole, Console, open_console
+from pyhyve.bhyve.lpc.options import FwCfgFile, checked_file, parse_lpc
 from pyhyve.bhyve.machine import VcpuView
 from pyhyve.bhyve.outcome import Outcome
 
@@ -15,8 +16,10 @@ __all__ = ["Machine", "Outcome", "VcpuView"]
 
 
 class Machine:
-    """A virtual machine that boots a Linux kernel. A context manager: leaving it ends the guest.
+    """A virtual machine that boots a kernel. A context manager: leaving it ends the guest.
 
+    `kernel` is a Linux kernel, a Multiboot image or a PVH kernel; `modules` ("FILE ARGUMENTS") are for the latter two.
+    `lpc` names devices as `-l` does ("isa-debug-exit,iobase=0xf4"); `fwcfg` gives fw_cfg's files by name.
     `memory` is bytes or text ("256M"); `console` is "capture" (see `.console`), one of the command line's ("stdio",
     "pty", "file:PATH", "none") or an object of your own. UsageError and HostError, one line each, where it cannot be.
     """
@@ -26,13 +29,16 @@ class Machine:
         kernel: str | os.PathLike[str],
         *,
         initrd: str | os.PathLike[str] | None = None,
-        append: str = config.DEFAULT_APPEND,
+        append: str | None = None,
+        modules: Sequence[str] = (),
         memory: str | int = config.DEFAULT_MEMORY,
         cpus: int = 1,
         console: str | Console = "capture",
         name: str | None = None,
         processor: str = "auto",
         kaslr: bool = False,
+        lpc: Sequence[str] = (),
+        fwcfg: Mapping[str, str | bytes] | None = None,
         pins: Mapping[int, frozenset[int]] | None = None,
         hang_seconds: float = config.DEFAULT_HANG_SECONDS,
         timing: bool = False,
@@ -41,11 +47,14 @@ class Machine:
             kernel=Path(kernel),
             initrd=None if initrd is None else Path(initrd),
             append=append,
+            modules=tuple(map(config.parse_module, modules)),
             memory=config.parse_size(memory, "memory") if isinstance(memory, str) else memory,
             cpus=cpus,
             name=name,
             processor=processor,
             kaslr=kaslr,
+            lpc=tuple(map(parse_lpc, lpc)),
+            fwcfg=tuple(_fwcfg_file(name, data) for name, data in (fwcfg or {}).items()),
             pins=pins or {},
             hang_seconds=hang_seconds,
         )
@@ -122,6 +131,10 @@ class Machine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _fwcfg_file(name: str, data: str | bytes) -> FwCfgFile:
+    return checked_file(name, data.encode() if isinstance(data, str) else data)
 
 
 def _console(console: str | Console) -> Console:

@@ -2,16 +2,17 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from pyhyve.base.errors import UsageError
+from pyhyve.bhyve.boot.files import BootFiles, ModuleFile
 from pyhyve.bhyve.layout import MIB, MIN_RAM, PAGE_SIZE
+from pyhyve.bhyve.lpc.options import FwCfgFile, FwCfgOptions, LpcOptions
 
 DEFAULT_MEMORY: Final = 256 * MIB
-DEFAULT_APPEND: Final = "console=ttyS0"
 DEFAULT_HANG_SECONDS: Final = 20.0
 MAX_CPUS: Final = 254
 """APIC ids 0 to 253: 255 is the broadcast, and 254 is left to the I/O APIC of guests that number them together."""
@@ -51,13 +52,24 @@ def parse_pin(text: str, option: str = "-p") -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_module(text: str) -> ModuleFile:
+    """Return the module for "FILE" or "FILE ARGUMENTS"; a name with spaces is taken whole if there is such a file."""
+    path, _, arguments = text.partition(" ")
+    if Path(text).exists() or not path:
+        return ModuleFile(Path(text))
+    return ModuleFile(Path(path), arguments.strip())
+
+
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
     """A machine to be built. Checked when it is made: UsageError, one line, for what cannot be."""
 
     kernel: Path
     initrd: Path | None = None
-    append: str = DEFAULT_APPEND
+    append: str | None = None
+    """None: what suits the kind of kernel, `boot.loader.LINUX_APPEND` for Linux."""
+    modules: Sequence[ModuleFile] = ()
+    """Files for a Multiboot or PVH kernel, behind the initrd."""
     memory: int = DEFAULT_MEMORY
     """RAM in bytes."""
     cpus: int = 1
@@ -65,6 +77,9 @@ class MachineConfig:
     """None: a name of its own that nobody else takes."""
     processor: str = "auto"
     kaslr: bool = False
+    lpc: Sequence[LpcOptions] = ()
+    """Devices on the ISA bus besides those that every machine has."""
+    fwcfg: Sequence[FwCfgFile] = ()
     pins: Mapping[int, frozenset[int]] = field(default_factory=dict)
     """vCPU → the host CPUs that it may run on."""
     hang_seconds: float = DEFAULT_HANG_SECONDS
@@ -80,6 +95,18 @@ class MachineConfig:
             )
         if self.hang_seconds < 0:
             raise UsageError(f"--hang {self.hang_seconds:g}: not a time; write seconds, or 0 for never")
+
+        kinds = [type(device) for device in self.lpc]
+        if self.fwcfg and FwCfgOptions not in kinds:
+            raise UsageError(f"-f {self.fwcfg[0].name}: there is no firmware configuration; add -l fwcfg,qemu")
+        for file in self.fwcfg:
+            if sum(file.name == other.name for other in self.fwcfg) > 1:
+                raise UsageError(f"-f {file.name}: there is such a file already; give each name once")
+
+    @property
+    def files(self) -> BootFiles:
+        """What the guest begins with."""
+        return BootFiles(self.kernel, self.initrd, self.append, self.modules, self.kaslr)
 
     def _check_memory(self) -> None:
         if self.memory < MIN_RAM:

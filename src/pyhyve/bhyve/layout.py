@@ -131,6 +131,8 @@ BVM_CONSOLE_PORT: Final = 0x220
 BVM_DEBUG_PORT: Final = 0x224
 FWCFG_SELECTOR_PORT: Final = 0x510
 FWCFG_DATA_PORT: Final = 0x511
+FWCFG_DMA_PORT: Final = 0x514
+FWCFG_SIZE: Final = 12
 RESET_PORT: Final = 0xCF9
 """Reset control register: 0x06 is a hard reset. It lies inside PCI_CONFIG_ADDRESS's four bytes; only byte accesses
 are its own."""

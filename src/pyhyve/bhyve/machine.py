@@ -15,12 +15,15 @@ from pyhyve.base.errors import UsageError
 from pyhyve.base.protocols import IoHandler, IrqPin
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import build_acpi
-from pyhyve.bhyve.boot.linux import load_linux
+from pyhyve.bhyve.boot.loader import load_kernel
 from pyhyve.bhyve.boot.state import BootState
 from pyhyve.bhyve.config import MachineConfig, format_size
 from pyhyve.bhyve.console import Console, Quit
+from pyhyve.bhyve.lpc import fwcfg, testdev
 from pyhyve.bhyve.lpc.com import ComPort
+from pyhyve.bhyve.lpc.debugexit import DebugExit
 from pyhyve.bhyve.lpc.i8042 import I8042
+from pyhyve.bhyve.lpc.options import DebugExitOptions, FwCfgOptions, LpcOptions, PcTestdevOptions
 from pyhyve.bhyve.lpc.pm import PM1_LENGTH, PowerManagement
 from pyhyve.bhyve.lpc.port92 import SystemControl
 from pyhyve.bhyve.lpc.post import PostCode
@@ -132,19 +135,12 @@ class Machine:
         self._add_power()
         self._add_serial()
         self._add_pci()
-        for gpa, table in build_acpi(self.config.cpus, high):
+        for device in self.config.lpc:
+            self._add_lpc(device)
+        has_fwcfg = any(isinstance(device, FwCfgOptions) for device in self.config.lpc)
+        for gpa, table in build_acpi(self.config.cpus, high, fwcfg=has_fwcfg):
             vm.memory.write(gpa, table)
-        state = load_linux(
-            vm.memory,
-            self.config.kernel,
-            self.config.initrd,
-            self.config.append,
-            low,
-            high,
-            kaslr=self.config.kaslr,
-            rsdp=layout.RSDP,
-        )
-        self._boot(state)
+        self._boot(load_kernel(vm.memory, self.config.files, low, high, rsdp=layout.RSDP))
 
     def _add_interrupt_controllers(self) -> None:
         vm = self.vm
@@ -203,6 +199,50 @@ class Machine:
         ports = ConfigPorts(self.pci, ResetControl(self._reset))
         vm.ports.attach(layout.PCI_CONFIG_ADDRESS, 8, ports)
         vm.mmio.attach(layout.PCI_ECAM_BASE, layout.PCI_ECAM_SIZE, Ecam(self.pci))
+
+    def _add_lpc(self, device: LpcOptions) -> None:
+        match device:
+            case FwCfgOptions():
+                self._add_fwcfg()
+            case PcTestdevOptions():
+                self._add_testdev()
+            case DebugExitOptions():
+                self._add_ports("isa-debug-exit", device.iobase, device.iosize, DebugExit(self._debug_exit))
+
+    def _add_ports(self, name: str, port: int, length: int, handler: IoHandler) -> None:
+        try:
+            self.vm.ports.attach(port, length, handler)
+        except ValueError as error:
+            raise UsageError(f"-l {name}: {error}; name each device once, and ports that nobody has") from None
+
+    def _debug_exit(self, value: int) -> None:
+        self.vm.suspend(Suspend.EXIT, detail=f"the guest wrote {value:#x}", value=value)
+
+    def _add_fwcfg(self) -> None:
+        low, high = layout.split_ram(self.config.memory)
+        device = fwcfg.FwCfg(self.vm.memory)
+        fwcfg.add_standard(device, self.config.cpus, self.config.memory, layout.memory_map(low, high))
+        for file in self.config.fwcfg:
+            device.add_file(file.name, file.data)
+        self._add_ports("fwcfg", layout.FWCFG_SELECTOR_PORT, 2, device.selector)
+        self._add_ports("fwcfg", layout.FWCFG_DMA_PORT, 8, device.dma)
+
+    def _add_testdev(self) -> None:
+        """The 8259s have no line behind their inputs 0 to 15, and input 2 is their cascade."""
+        pins: list[IrqPin] = []
+        for irq in range(testdev.IRQ_LINES):
+            on_ioapic = irq == layout.PIT_IOAPIC_PIN or irq >= testdev.ISA_LINES
+            pins.append(self.vioapic.pin(irq) if on_ioapic else self._isa_pin(irq))
+        for port, length, handler in (
+            (testdev.REGISTER_PORT, testdev.REGISTER_SIZE, testdev.Register(testdev.REGISTER_SIZE)),
+            (testdev.FLUSH_PORT, testdev.REGISTER_SIZE, testdev.FlushPage()),
+            (testdev.BYTES_PORT, testdev.REGISTER_SIZE, testdev.Register(testdev.REGISTER_SIZE)),
+            (testdev.IRQ_PORT, testdev.IRQ_LINES, testdev.IrqLines(pins)),
+        ):
+            self._add_ports("pc-testdev", port, length, handler)
+        if not any(isinstance(device, DebugExitOptions) for device in self.config.lpc):
+            self._add_ports("pc-testdev", testdev.EXIT_PORT, testdev.EXIT_SIZE, DebugExit(self._debug_exit))
+        self.vm.mmio.attach(testdev.MEMORY_BASE, testdev.MEMORY_SIZE, testdev.Register(testdev.MEMORY_SIZE))
 
     def _boot(self, state: BootState) -> None:
         """Put the bootstrap processor into the loader's state, its local APIC as firmware leaves it."""

@@ -19,6 +19,8 @@ class OutcomeKind(enum.Enum):
     PANICKED = "panicked"
     HUNG = "hung"
     """No progress: every processor halted with interrupts off, or spinning without an exit."""
+    EXITED = "exited"
+    """The guest wrote a number to a debug-exit port."""
     TIMED_OUT = "timed-out"
     STOPPED = "stopped"
     """Somebody outside ended it: a key, a signal, `Machine.stop()`."""
@@ -37,7 +39,7 @@ EXIT_STATUS: Final = {
     OutcomeKind.HUNG: 7,
     OutcomeKind.TIMED_OUT: 124,
 }
-"""Exit statuses of `pyhyve run`; 2 is a user's error, 130 and 143 are SIGINT and SIGTERM."""
+"""Exit statuses of `pyhyve run`; 2 is a user's error, 130 and 143 are SIGINT and SIGTERM. EXITED's is the guest's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,20 @@ class Outcome:
     detail: str = ""
     seconds: float = 0.0
     report: str = ""
+    value: int = 0
+    """What an EXITED guest wrote."""
 
     @property
     def exit_status(self) -> int:
+        """Of the process; a guest that exited with V has (V << 1) | 1, as in QEMU, of which a process keeps 8 bits."""
+        if self.kind is OutcomeKind.EXITED:
+            return (self.value << 1 | 1) & 0xFF
         return EXIT_STATUS[self.kind]
 
     @property
     def ok(self) -> bool:
         """True if the guest ended by itself and meant to."""
-        return self.kind in (OutcomeKind.POWERED_OFF, OutcomeKind.REBOOTED, OutcomeKind.HALTED)
+        return self.kind in (OutcomeKind.POWERED_OFF, OutcomeKind.REBOOTED, OutcomeKind.HALTED, OutcomeKind.EXITED)
 
     def __str__(self) -> str:
         text = f"{self.kind.value}: {self.detail}" if self.detail else self.kind.value
@@ -68,6 +75,7 @@ class Outcome:
             "detail": self.detail,
             "seconds": round(self.seconds, 6),
             "exit_status": self.exit_status,
+            **({"value": self.value} if self.kind is OutcomeKind.EXITED else {}),
             **({"report": self.report} if self.report else {}),
         }
 
@@ -147,6 +155,8 @@ def classify(suspended: Suspended, watch: ConsoleWatch, seconds: float, *, timed
     if how is Suspend.ERROR:
         head, _, report = detail.partition("\n")
         return Outcome(OutcomeKind.ERROR, head, seconds, report)
+    if how is Suspend.EXIT:
+        return Outcome(OutcomeKind.EXITED, detail, seconds, value=suspended.value)
     if watch.panic is not None:
         return Outcome(OutcomeKind.PANICKED, watch.panic, seconds)
     if timed_out:

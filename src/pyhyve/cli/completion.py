@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from pyhyve.bhyve.lpc.options import LPC_DEVICES
 from pyhyve.cli.parser import Namespace, Parser
 
 SUMMARY: Final = "Print a completion script: pyhyve completion bash > ~/.local/share/bash-completion/completions/pyhyve"
@@ -37,6 +38,8 @@ def _argument(action: argparse.Action) -> Argument:
     choices = tuple(str(choice) for choice in action.choices or ())
     if "--console" in action.option_strings:
         choices = _CONSOLES
+    if "--lpc" in action.option_strings:
+        choices = (*LPC_DEVICES, "help")
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     return Argument(
         names=tuple(action.option_strings),

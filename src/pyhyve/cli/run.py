@@ -1,4 +1,4 @@
-"""pyhyve run: boot a Linux kernel."""
+"""pyhyve run: boot a kernel."""
 
 from pathlib import Path
 from typing import Final
@@ -6,21 +6,31 @@ from typing import Final
 from pyhyve.base.errors import UsageError
 from pyhyve.cli.parser import Namespace, Parser
 
-SUMMARY: Final = "Boot a Linux kernel in a virtual machine."
+SUMMARY: Final = "Boot a kernel in a virtual machine."
 
 _STATUSES: Final = """\
 exit status:
   0 powered off (or left with Ctrl-A x)   3 rebooted      6 panicked
   1 error in pyhyve                       4 halted        7 hung: no progress
   2 what you asked for cannot be          5 triple fault  124 timed out
+  2V + 1: the guest wrote V to a debug-exit port (-l)
   130, 143, 129: ended by SIGINT, SIGTERM, SIGHUP"""
 
 
 def add_arguments(parser: Parser) -> None:
     parser.epilog = _STATUSES
-    parser.add_argument("--kernel", metavar="FILE", type=Path, help="bzImage or ELF vmlinux")
+    parser.add_argument(
+        "--kernel", metavar="FILE", type=Path, help="bzImage, ELF vmlinux, or an image with a Multiboot or PVH entry"
+    )
     parser.add_argument("--initrd", metavar="FILE", type=Path, help="initial RAM disk")
-    parser.add_argument("--append", metavar="STR", default="console=ttyS0", help="kernel command line (%(default)s)")
+    parser.add_argument(
+        "--module",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="'FILE ARGUMENTS': a module for a Multiboot or PVH kernel; may be repeated",
+    )
+    parser.add_argument("--append", metavar="STR", help="kernel command line (console=ttyS0 for Linux)")
     parser.add_argument("-c", "--cpus", metavar="N", default="1", help="virtual processors (%(default)s)")
     parser.add_argument("-m", "--memory", metavar="SIZE", default="256M", help="memory (%(default)s)")
     parser.add_argument(
@@ -32,6 +42,22 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--console", metavar="WHERE", default="stdio", help="stdio, pty, file:PATH or none (%(default)s)"
+    )
+    parser.add_argument(
+        "-l",
+        "--lpc",
+        metavar="DEVICE",
+        action="append",
+        default=[],
+        help="a device on the ISA bus, DEVICE[,OPTION...]; may be repeated; 'help' lists them",
+    )
+    parser.add_argument(
+        "-f",
+        "--fwcfg",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a file for -l fwcfg,qemu: NAME,string=TEXT or NAME,file=PATH; may be repeated",
     )
     parser.add_argument("--kaslr", action="store_true", help="let the kernel unpack itself, at a random address")
     parser.add_argument("--timeout", metavar="SECONDS", help="stop the guest after this long")
@@ -59,6 +85,11 @@ def seconds(text: str, option: str) -> float:
 
 
 def run(arguments: Namespace) -> int:
+    if "help" in arguments.lpc:
+        from pyhyve.bhyve.lpc.options import lpc_help
+
+        print(lpc_help())
+        return 0
     if arguments.kernel is None:
         raise UsageError("--kernel: missing; name a kernel, or try 'pyhyve demo', which gets one")
     timeout = None
@@ -73,8 +104,9 @@ def run(arguments: Namespace) -> int:
     from pyhyve.vmm import hostcpu
 
     hostcpu.start_measuring()  # while the rest is loaded
-    from pyhyve.bhyve.config import MachineConfig, parse_pin, parse_size
+    from pyhyve.bhyve.config import MachineConfig, parse_module, parse_pin, parse_size
     from pyhyve.bhyve.console import open_console
+    from pyhyve.bhyve.lpc.options import parse_fwcfg_file, parse_lpc
     from pyhyve.cli.session import run_machine
 
     pins: dict[int, frozenset[int]] = {}
@@ -85,11 +117,14 @@ def run(arguments: Namespace) -> int:
         kernel=arguments.kernel,
         initrd=arguments.initrd,
         append=arguments.append,
+        modules=tuple(map(parse_module, arguments.module)),
         memory=parse_size(arguments.memory),
         cpus=cpus,
         name=arguments.name,
         processor=arguments.processor,
         kaslr=arguments.kaslr,
+        lpc=tuple(map(parse_lpc, arguments.lpc)),
+        fwcfg=tuple(map(parse_fwcfg_file, arguments.fwcfg)),
         pins=pins,
         hang_seconds=hang,
     )

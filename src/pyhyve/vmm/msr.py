@@ -55,6 +55,8 @@ AMD_TOP_MEM: Final = 0xC001_001A
 AMD_TOP_MEM2: Final = 0xC001_001D
 AMD_NB_CFG: Final = 0xC001_001F
 AMD_PATCH_LOADER: Final = 0xC001_0020
+AMD_PERFORMANCE_COUNTERS: Final = range(0xC001_0000, 0xC001_0008)
+"""PERF_LEGACY_CTL0-3 and PERF_LEGACY_CTR0-3."""
 AMD_INT_PENDING: Final = 0xC001_0055
 AMD_MMIO_CONF_BASE: Final = 0xC001_0058
 AMD_VIRT_SPEC_CTRL: Final = 0xC001_011F
@@ -241,6 +243,8 @@ class MsrTable:
             self._plain(number, 0)
         self._plain(AMD_DE_CFG, DE_CFG_LFENCE_SERIALIZE)
         self._define(AMD_PATCH_LOADER, None, _ignore)
+        for number in AMD_PERFORMANCE_COUNTERS:  # every AMD processor has them; these never count
+            self._define(number, self._read, _ignore)
 
     def _read(self, msr: int) -> int:
         return self._values[msr]

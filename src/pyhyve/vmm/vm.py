@@ -46,6 +46,8 @@ class Suspend(enum.Enum):
     HALT = "halt"
     """Every vCPU is halted with interrupts off."""
     TRIPLE_FAULT = "triple-fault"
+    EXIT = "exit"
+    """The guest wrote a number to a debug-exit port."""
     HANG = "hang"
     """The guest spins without an exit."""
     ERROR = "error"
@@ -61,6 +63,8 @@ class Suspended:
     how: Suspend
     vcpu: int = -1
     detail: str = ""
+    value: int = 0
+    """What the guest wrote (EXIT)."""
 
 
 @runtime_checkable
@@ -227,12 +231,12 @@ class Vm:
         """Stop the VM from outside. Idempotent."""
         self.suspend(Suspend.REQUEST, detail=detail)
 
-    def suspend(self, how: Suspend, vcpu: int = -1, detail: str = "") -> None:
+    def suspend(self, how: Suspend, vcpu: int = -1, detail: str = "", value: int = 0) -> None:
         """Stop the VM: the first reason counts. From any thread; does not wait for the vCPUs."""
         with self.lock:
             if self.suspended is not None:
                 return
-            self.suspended = suspended = Suspended(how, vcpu, detail)
+            self.suspended = suspended = Suspended(how, vcpu, detail, value)
             self.state = State.STOPPED
         for each in self.vcpus:
             each.stop_requested = True

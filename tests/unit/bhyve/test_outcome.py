@@ -39,6 +39,7 @@ PANIC = "[    1.5] Kernel panic - not syncing: VFS: Unable to mount root fs\r\n"
         (Suspend.HANG, PANIC, OutcomeKind.PANICKED),
         (Suspend.HALT, PANIC, OutcomeKind.PANICKED),
         (Suspend.REQUEST, PANIC, OutcomeKind.PANICKED),
+        (Suspend.EXIT, PANIC, OutcomeKind.EXITED),
     ],
 )
 def test_kind(how, said, kind):
@@ -51,6 +52,13 @@ def test_timed_out_unless_the_guest_had_panicked():
         OutcomeKind.TIMED_OUT, "stopped after 3 s", 3.0
     )
     assert classify(stopped, Said(PANIC).watch, 3.0, timed_out=True).kind is OutcomeKind.PANICKED
+
+
+@pytest.mark.parametrize(("value", "status"), [(0, 1), (0x10, 0x21), (0x7F, 0xFF), (0x1_0003, 7)])
+def test_guest_chooses_its_status_at_the_exit_port(value, status):
+    outcome = classify(Suspended(Suspend.EXIT, 0, "the guest wrote", value), Said().watch, 1.0)
+    assert (outcome.exit_status, outcome.value, outcome.ok) == (status, value, True)
+    assert outcome.to_json()["value"] == value
 
 
 def test_panic_line_is_the_guests_own():
@@ -95,7 +103,7 @@ def test_endless_line_is_passed_on_and_forgotten():
 
 
 def test_every_kind_has_its_own_exit_status():
-    assert set(EXIT_STATUS) == set(OutcomeKind)
+    assert set(EXIT_STATUS) == set(OutcomeKind) - {OutcomeKind.EXITED}
     ended = {status for kind, status in EXIT_STATUS.items() if kind is not OutcomeKind.STOPPED}
     assert len(ended) == len(EXIT_STATUS) - 1
     assert 2 not in ended, "that is a user's error"

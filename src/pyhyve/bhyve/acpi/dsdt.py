@@ -16,8 +16,8 @@ _PINS: Final = 4
 _ANY_FUNCTION: Final = 0xFFFF
 
 
-def build(high_ram: int, com: Sequence[layout.SerialPort]) -> bytes:
-    """Return the definition block's terms for `high_ram` bytes of RAM above 4 GiB and these serial ports."""
+def build(high_ram: int, com: Sequence[layout.SerialPort], *, fwcfg: bool = False) -> bytes:
+    """Return the definition block's terms for `high_ram` bytes of RAM above 4 GiB, these serial ports, and fw_cfg."""
     return b"".join(
         (
             # SLP_TYP for PM1a and PM1b, then two reserved.
@@ -25,7 +25,7 @@ def build(high_ram: int, com: Sequence[layout.SerialPort]) -> bytes:
             # The guest says 1 when it has turned from the 8259s to the I/O APIC.
             aml.name("\\PICM", aml.ZERO),
             aml.method("\\_PIC", 1, aml.store(aml.ARG0, "\\PICM")),
-            aml.scope("\\_SB", _root_bridge(high_ram, com), _hpet(), _motherboard()),
+            aml.scope("\\_SB", _root_bridge(high_ram, com), *((_fwcfg(),) if fwcfg else ()), _hpet(), _motherboard()),
         )
     )
 
@@ -90,6 +90,16 @@ def _serial(number: int, port: layout.SerialPort) -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(number)),
         aml.name("_CRS", aml.resources(aml.io(port.port, layout.COM_SIZE), aml.irq(port.irq))),
+    )
+
+
+def _fwcfg() -> bytes:
+    """Source: QEMU docs/specs/fw_cfg, "Guest-side DMA Interface"."""
+    return aml.device(
+        "FWCF",
+        aml.name("_HID", aml.string("QEMU0002")),
+        aml.name("_STA", aml.integer(0x0B)),
+        aml.name("_CRS", aml.resources(aml.io(layout.FWCFG_SELECTOR_PORT, layout.FWCFG_SIZE))),
     )
 
 

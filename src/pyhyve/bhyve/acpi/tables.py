@@ -69,11 +69,13 @@ def build_acpi(
     cpus: int,
     high_ram: int = 0,
     com: Sequence[layout.SerialPort] = (layout.COM1,),
+    *,
+    fwcfg: bool = False,
 ) -> list[tuple[int, bytes]]:
     """Return (gpa, table) for a machine of `cpus` processors with APIC ids 0 to cpus - 1, the RSDP first.
 
-    `high_ram` is the RAM from 4 GiB up (bytes); `com` the serial ports it has. Raise ValueError if the tables do not
-    fit below 1 MiB (some 1,000 processors do).
+    `high_ram` is the RAM from 4 GiB up (bytes); `com` the serial ports it has; `fwcfg` tells of QEMU's firmware
+    configuration device. Raise ValueError if the tables do not fit below 1 MiB (some 1,000 processors do).
     """
     if cpus < 1:
         raise ValueError(f"{cpus} processors: need at least 1")
@@ -90,7 +92,7 @@ def build_acpi(
         return gpa
 
     facs = place(build_facs())
-    definition = place(table(b"DSDT", 2, b"BVDSDT", dsdt.build(high_ram, com)))
+    definition = place(table(b"DSDT", 2, b"BVDSDT", dsdt.build(high_ram, com, fwcfg=fwcfg)))
     entries = [
         place(build_fadt(facs, definition)),
         place(build_madt(cpus)),

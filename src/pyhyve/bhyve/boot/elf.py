@@ -1,7 +1,10 @@
-"""The kernel as an ELF file: vmlinux, or what a bzImage's payload unpacks to."""
+"""Kernels as ELF files: vmlinux, what a bzImage's payload unpacks to, and images for Multiboot and PVH loaders.
+
+Source: System V ABI, "Object Files"; its AMD64 and i386 supplements.
+"""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +16,9 @@ from pyhyve.base.errors import UsageError
 
 MAGIC: Final = b"\x7fELF"
 _NT_GNU_ABI_TAG: Final = "NT_GNU_ABI_TAG"
+_XEN_PHYS32_ENTRY: Final = 18
+"""XEN_ELFNOTE_PHYS32_ENTRY: the note that holds a PVH entry point's physical address."""
+_X86: Final = ("EM_X86_64", "EM_386")
 _MACHINES: Final = {
     "EM_386": "32-bit x86 (i386)",
     "EM_AARCH64": "arm64",
@@ -27,19 +33,29 @@ _MACHINES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ElfSegment:
-    """What is loaded at the physical address `paddr`; up to `memsz`, it goes on with zeros."""
+    """What is loaded at the physical address `paddr`; up to `memsz`, it goes on with zeros. `vaddr`: where it runs."""
 
     paddr: int
     data: memoryview
     memsz: int
+    vaddr: int
 
 
 @dataclass(frozen=True, slots=True)
-class ElfKernel:
-    """A checked kernel; `entry` is a physical address inside one of its segments."""
+class ElfImage:
+    """An x86 executable as its headers tell; nothing says yet that it is a kernel."""
 
+    machine: str
+    """EM_X86_64 or EM_386; other machines are left to whoever reports them."""
+    bits: int
+    kind: str
     entry: int
+    """e_entry as it stands in the header."""
     segments: Sequence[ElfSegment]
+    pvh_entry: int | None
+    """Physical address of the 32-bit PVH entry point, where a Xen note names one."""
+    is_program: bool
+    """User space's executables have an interpreter, or say for which system's ABI they were linked."""
 
     @property
     def start(self) -> int:
@@ -49,41 +65,78 @@ class ElfKernel:
     def end(self) -> int:
         return max(segment.paddr + segment.memsz for segment in self.segments)
 
+    @property
+    def physical_entry(self) -> int:
+        """The entry point's physical address: some linkers' scripts give its virtual one."""
+        for segment in self.segments:
+            if segment.vaddr <= self.entry < segment.vaddr + segment.memsz:
+                return self.entry - segment.vaddr + segment.paddr
+        return self.entry
 
-def parse_elf(data: bytes, subject: str) -> ElfKernel:
-    """Return the checked kernel; `subject` begins the UsageError's text where it cannot be used."""
+    def holds(self, address: int) -> bool:
+        """Whether this physical address is in what the file brings along."""
+        return any(segment.paddr <= address < segment.paddr + len(segment.data) for segment in self.segments)
+
+
+def read_elf(data: bytes, subject: str) -> ElfImage:
+    """Return what the headers tell; `subject` begins the UsageError's text where they are damaged."""
     try:
-        return _parse(data, subject)
+        return _read(data, subject)
     except (ELFError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError):
         # pyelftools trusts a header's numbers and trips over bad ones in many ways.
         raise UsageError(f"{subject}: truncated or damaged: its ELF headers make no sense; get it anew") from None
 
 
-def _parse(data: bytes, subject: str) -> ElfKernel:
+def _read(data: bytes, subject: str) -> ElfImage:
     elf = ELFFile(io.BytesIO(data))
-    machine = elf["e_machine"]
-    if machine != "EM_X86_64" or elf.elfclass != 64:
-        name = _MACHINES.get(machine, str(machine))
-        raise UsageError(f"{subject}: for another architecture, {name}; pyhyve boots x86-64 kernels")
-    if elf["e_type"] != "ET_EXEC" or any(_is_program(segment) for segment in elf.iter_segments()):
-        raise UsageError(f"{subject}: an x86-64 program or object file, not a kernel; give a bzImage or vmlinux")
+    machine = str(elf["e_machine"])
     segments = []
-    for segment in elf.iter_segments("PT_LOAD"):
-        offset, filesz, memsz = segment["p_offset"], segment["p_filesz"], segment["p_memsz"]
-        if offset + filesz > len(data):
-            raise UsageError(f"{subject}: truncated: it has {len(data)} of {offset + filesz} bytes; get it anew")
-        if memsz < filesz:
-            raise ValueError("a segment is larger in the file than in memory")
-        if memsz:
-            segments.append(ElfSegment(segment["p_paddr"], memoryview(data)[offset : offset + filesz], memsz))
-    entry = elf["e_entry"]
-    if not any(segment.paddr <= entry < segment.paddr + len(segment.data) for segment in segments):
-        raise UsageError(f"{subject}: its entry point {entry:#x} is in no loaded segment; give a bzImage or vmlinux")
-    return ElfKernel(entry, tuple(segments))
+    if machine in _X86 and elf["e_type"] == "ET_EXEC":
+        for segment in elf.iter_segments("PT_LOAD"):
+            offset, filesz, memsz = segment["p_offset"], segment["p_filesz"], segment["p_memsz"]
+            if offset + filesz > len(data):
+                raise UsageError(f"{subject}: truncated: it has {len(data)} of {offset + filesz} bytes; get it anew")
+            if memsz < filesz:
+                raise ValueError("a segment is larger in the file than in memory")
+            if memsz:
+                content = memoryview(data)[offset : offset + filesz]
+                segments.append(ElfSegment(segment["p_paddr"], content, memsz, segment["p_vaddr"]))
+    return ElfImage(
+        machine=machine,
+        bits=elf.elfclass,
+        kind=str(elf["e_type"]),
+        entry=elf["e_entry"],
+        segments=tuple(segments),
+        pvh_entry=next(_pvh_entries(elf), None) if segments else None,
+        is_program=any(_is_program(segment) for segment in elf.iter_segments()),
+    )
+
+
+def check_kernel(image: ElfImage, subject: str) -> None:
+    """Raise UsageError, one line, unless this is a 64-bit kernel that can be entered at its entry point."""
+    if image.machine != "EM_X86_64" or image.bits != 64:
+        name = _MACHINES.get(image.machine, image.machine)
+        remedy = "pyhyve boots x86-64 kernels"
+        if image.machine in _X86:
+            remedy += ", and 32-bit ones with a Multiboot header or a PVH note"
+        raise UsageError(f"{subject}: for another architecture, {name}; {remedy}")
+    if image.kind != "ET_EXEC" or image.is_program:
+        raise UsageError(f"{subject}: an x86-64 program or object file, not a kernel; give a bzImage or vmlinux")
+    if not image.holds(image.entry):
+        raise UsageError(
+            f"{subject}: its entry point {image.entry:#x} is in no loaded segment; give a bzImage or vmlinux"
+        )
+
+
+def _pvh_entries(elf: ELFFile) -> Iterator[int]:
+    for segment in elf.iter_segments("PT_NOTE"):
+        for note in segment.iter_notes() if isinstance(segment, NoteSegment) else ():
+            if note["n_name"] == "Xen" and note["n_type"] == _XEN_PHYS32_ENTRY:  # type: ignore[comparison-overlap]
+                # 4 bytes, or 8 in a 64-bit kernel; the address is below 4 GiB either way.
+                yield int.from_bytes(note["n_descdata"][:8], "little")
 
 
 def _is_program(segment: Segment) -> bool:
-    """User space's executables have an interpreter, or say for which system's ABI they were linked."""
     if segment["p_type"] == "PT_INTERP":
         return True
     notes = segment.iter_notes() if isinstance(segment, NoteSegment) else ()

@@ -1,9 +1,31 @@
-"""Reading the files that a user names, with one line for each way in which that fails."""
+"""The files that a user names, and reading them, with one line for each way in which that fails."""
 
 import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyhyve.base.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFile:
+    """A file that goes into memory beside the kernel, and the text that the kernel gets with it."""
+
+    path: Path
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BootFiles:
+    """What the user names for the guest to begin with."""
+
+    kernel: Path
+    initrd: Path | None = None
+    append: str | None = None
+    """The kernel's command line; None: what suits the kind of kernel."""
+    modules: Sequence[ModuleFile] = ()
+    kaslr: bool = False
 
 
 def read_file(path: Path, what: str, *, max_size: int) -> bytes:

@@ -15,12 +15,10 @@ from pyhyve.base.protocols import GuestMemory
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.boot import bzimage, elf, longmode, payload
 from pyhyve.bhyve.boot.files import read_file
+from pyhyve.bhyve.boot.placing import KERNEL_FILE_MAX, Piece, encode_text, mib, write_piece
 from pyhyve.bhyve.boot.state import BootState
 
 __all__ = ["BootState", "load_linux"]
-
-_KERNEL_FILE_MAX: Final = 512 * layout.MIB
-_WRITE_CHUNK: Final = layout.MIB
 
 # Offsets in struct boot_params (zero-page.rst); the setup header has the same offsets in it as in a bzImage.
 _ACPI_RSDP_ADDR: Final = 0x070
@@ -52,18 +50,10 @@ _FOREIGN: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes that go to a guest-physical address."""
-
-    address: int
-    data: bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
 class _Kernel:
     """A kernel of either format, ready to be placed; `start` to `end` is what it occupies when it begins to run."""
 
-    pieces: tuple[_Piece, ...]
+    pieces: tuple[Piece, ...]
     start: int
     end: int
     entry: int
@@ -82,14 +72,16 @@ def load_linux(
     *,
     kaslr: bool = False,
     rsdp: int,
+    data: bytes | None = None,
 ) -> BootState:
     """Place a kernel with all it is handed into `memory`; return the state in which its first processor starts.
 
     `low_ram` and `high_ram` are bytes, as `layout.split_ram` gives them; RAM is taken to hold zeros. `rsdp` is the
-    guest-physical address of the ACPI root pointer, 0 for none. Nothing is written before everything is known to
-    fit. Raises UsageError, one line, for whatever is wrong with the files, the command line or the memory's size.
+    guest-physical address of the ACPI root pointer, 0 for none; `data` the kernel file's content where it has been
+    read already. Nothing is written before everything is known to fit. Raises UsageError, one line, for whatever is
+    wrong with the files, the command line or the memory's size.
     """
-    image = _read_kernel(kernel, kaslr)
+    image = _read_kernel(kernel, kaslr, data)
     command_line = _command_line(cmdline, image.cmdline_size)
     if image.start < layout.KERNEL_BASE:
         raise UsageError(
@@ -97,14 +89,14 @@ def load_linux(
         )
     if image.end > low_ram:
         raise UsageError(
-            f"kernel {kernel}: does not fit into {_mib(low_ram)} MiB of memory: it occupies {_mib(image.start)} to "
-            f"{_mib(image.end)} MiB; give at least {_mib(image.end) + 32} MiB (-m)"
+            f"kernel {kernel}: does not fit into {mib(low_ram)} MiB of memory: it occupies {mib(image.start)} to "
+            f"{mib(image.end)} MiB; give at least {mib(image.end) + 32} MiB (-m)"
         )
     ramdisk = _place_initrd(initrd, image, low_ram)
 
     for piece in (*image.pieces, *((ramdisk,) if ramdisk else ())):
-        _write(memory, piece)
-    memory.write(layout.COMMAND_LINE, command_line + b"\0")
+        write_piece(memory, piece)
+    memory.write(layout.COMMAND_LINE, command_line)
     memory.write(layout.ZERO_PAGE, _boot_params(image.setup_header, ramdisk, low_ram, high_ram, rsdp))
     gdt_limit = longmode.write_gdt(memory, layout.BOOT_GDT)
     return BootState(
@@ -118,15 +110,14 @@ def load_linux(
         efer=longmode.EFER,
         gdt_base=layout.BOOT_GDT,
         gdt_limit=gdt_limit,
-        idt_base=0,
-        idt_limit=0,
         segments=longmode.SEGMENTS,
     )
 
 
-def _read_kernel(path: Path, kaslr: bool) -> _Kernel:
+def _read_kernel(path: Path, kaslr: bool, data: bytes | None) -> _Kernel:
     subject = f"kernel {path}"
-    data = read_file(path, "kernel", max_size=_KERNEL_FILE_MAX)
+    if data is None:
+        data = read_file(path, "kernel", max_size=KERNEL_FILE_MAX)
     if data.startswith(elf.MAGIC):
         if kaslr:
             raise UsageError(f"{subject}: a vmlinux cannot place itself at random; give its bzImage, or no --kaslr")
@@ -155,9 +146,10 @@ def _not_a_kernel(data: bytes) -> str:
 
 
 def _from_elf(data: bytes, subject: str, image: bzimage.BzImage | None) -> _Kernel:
-    kernel = elf.parse_elf(data, subject)
+    kernel = elf.read_elf(data, subject)
+    elf.check_kernel(kernel, subject)
     return _Kernel(
-        pieces=tuple(_Piece(segment.paddr, segment.data) for segment in kernel.segments),
+        pieces=tuple(Piece(segment.paddr, segment.data) for segment in kernel.segments),
         start=kernel.start,
         end=kernel.end,
         entry=kernel.entry,
@@ -169,7 +161,7 @@ def _from_elf(data: bytes, subject: str, image: bzimage.BzImage | None) -> _Kern
 
 def _from_bzimage(image: bzimage.BzImage) -> _Kernel:
     return _Kernel(
-        pieces=(_Piece(image.pref_address, image.protected),),
+        pieces=(Piece(image.pref_address, image.protected),),
         start=image.pref_address,
         end=image.pref_address + max(image.init_size, image.protected_size),
         entry=image.pref_address + bzimage.ENTRY_64,
@@ -196,19 +188,16 @@ def _plain_setup_header() -> bytes:
 
 
 def _command_line(text: str, limit: int) -> bytes:
-    try:
-        encoded = text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        raise UsageError("kernel command line: holds characters that no encoding has; leave them out") from None
+    encoded = encode_text(text, "kernel command line")
     limit = min(limit, layout.COMMAND_LINE_LIMIT - layout.COMMAND_LINE - 1)
-    if b"\0" in encoded:
-        raise UsageError("kernel command line: holds a NUL character; leave it out")
-    if len(encoded) > limit:
-        raise UsageError(f"kernel command line: {len(encoded)} bytes; this kernel takes at most {limit}; shorten it")
+    if len(encoded) - 1 > limit:
+        raise UsageError(
+            f"kernel command line: {len(encoded) - 1} bytes; this kernel takes at most {limit}; shorten it"
+        )
     return encoded
 
 
-def _place_initrd(path: Path | None, image: _Kernel, low_ram: int) -> _Piece | None:
+def _place_initrd(path: Path | None, image: _Kernel, low_ram: int) -> Piece | None:
     """As high as the kernel and the low RAM allow: out of the way of what the kernel allocates first."""
     if path is None:
         return None
@@ -220,10 +209,10 @@ def _place_initrd(path: Path | None, image: _Kernel, low_ram: int) -> _Piece | N
         raise UsageError(
             f"initrd {path}: does not fit: {len(data)} bytes into {room} beside the kernel; give more memory (-m)"
         )
-    return _Piece(address, data)
+    return Piece(address, data)
 
 
-def _boot_params(setup_header: bytes, ramdisk: _Piece | None, low_ram: int, high_ram: int, rsdp: int) -> bytes:
+def _boot_params(setup_header: bytes, ramdisk: Piece | None, low_ram: int, high_ram: int, rsdp: int) -> bytes:
     params = bytearray(layout.PAGE_SIZE)
     params[bzimage.HEADER_START : bzimage.HEADER_START + len(setup_header)] = setup_header
     struct.pack_into("<Q", params, _ACPI_RSDP_ADDR, rsdp)
@@ -237,14 +226,3 @@ def _boot_params(setup_header: bytes, ramdisk: _Piece | None, low_ram: int, high
     for index, memory_range in enumerate(ranges):
         struct.pack_into("<QQI", params, _E820_TABLE + 20 * index, *memory_range)
     return bytes(params)
-
-
-def _write(memory: GuestMemory, piece: _Piece) -> None:
-    view = memoryview(piece.data)
-    for offset in range(0, len(view), _WRITE_CHUNK):
-        memory.write(piece.address + offset, bytes(view[offset : offset + _WRITE_CHUNK]))
-
-
-def _mib(size: int) -> int:
-    """Whole MiB, rounded up."""
-    return -(-size // layout.MIB)

@@ -6,6 +6,7 @@ from typing import Final
 
 from pyhyve.base.protocols import GuestMemory
 from pyhyve.bhyve import layout
+from pyhyve.bhyve.boot.descriptors import write_table
 from pyhyve.cpu.processor import Segment
 
 CODE_SELECTOR: Final = 0x10
@@ -40,27 +41,7 @@ _LARGE_PAGE_SIZE: Final = 2 * layout.MIB
 
 def write_gdt(memory: GuestMemory, base: int) -> int:
     """Write the descriptor table at `base`; return its limit."""
-    table = b"".join(
-        _descriptor(segment).to_bytes(8, "little")
-        for segment in (Segment(attr=0), Segment(attr=0), _CODE, _DATA, _TASK)
-    ) + bytes(8)  # a 64-bit task segment's descriptor has 16 bytes
-    memory.write(base, table)
-    return len(table) - 1
-
-
-def _descriptor(segment: Segment) -> int:
-    """The first 8 bytes of a descriptor (Intel SDM vol 3, "Segment Descriptors"); null if not present."""
-    if not segment.attr & 0x80:
-        return 0
-    limit = segment.limit >> 12 if segment.attr & 0x8000 else segment.limit
-    return (
-        limit & 0xFFFF
-        | (segment.base & 0xFF_FFFF) << 16
-        | (segment.attr & 0xFF) << 40
-        | (limit >> 16 & 0xF) << 48
-        | (segment.attr >> 12 & 0xF) << 52
-        | (segment.base >> 24) << 56
-    )
+    return write_table(memory, base, (Segment(attr=0), _CODE, _DATA, _TASK))
 
 
 def write_identity_map(memory: GuestMemory, base: int) -> int:

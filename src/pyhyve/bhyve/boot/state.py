@@ -14,20 +14,24 @@ class BootState:
     """
 
     rip: int
-    rsp: int
-    rsi: int
-    """Guest-physical address of struct boot_params."""
     rflags: int
     cr0: int
-    cr3: int
-    cr4: int
-    efer: int
-    gdt_base: int
-    gdt_limit: int
-    idt_base: int
-    idt_limit: int
     segments: Mapping[str, Segment]
     """All eight, by name."""
+    gdt_base: int
+    gdt_limit: int
+    idt_base: int = 0
+    idt_limit: int = 0
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+    rsp: int = 0
+    rsi: int = 0
+    """Linux's boot protocol: the guest-physical address of struct boot_params."""
+    rax: int = 0
+    """Multiboot: the loader's magic number."""
+    rbx: int = 0
+    """Multiboot and PVH: the guest-physical address of what the kernel is told."""
 
     def registers(self) -> dict[str, int]:
         """Return the registers by name, in an order in which a processor can take them (EFER and CR4 before CR0)."""
@@ -40,4 +44,6 @@ class BootState:
             "rip": self.rip,
             "rsp": self.rsp,
             "rsi": self.rsi,
+            "rax": self.rax,
+            "rbx": self.rbx,
         }

@@ -62,6 +62,30 @@ def make_elf(
     return header + headers + body
 
 
+def make_elf32(
+    segments: Sequence[tuple[int, bytes, int]], entry: int, *, machine: int = 3, notes: bytes = b""
+) -> bytes:
+    """An ELF32 file of (paddr, data, memsz) segments, linked to run where they are loaded."""
+    count = len(segments) + bool(notes)
+    offset = 52 + 32 * count
+    headers, body = b"", b""
+    for paddr, data, memsz in segments:
+        headers += struct.pack("<8I", 1, offset + len(body), paddr, paddr, len(data), memsz, 7, 4)
+        body += data
+    if notes:
+        headers += struct.pack("<8I", 4, offset + len(body), 0, 0, len(notes), len(notes), 4, 4)
+        body += notes
+    ident = b"\x7fELF" + bytes((1, 1, 1, 0)) + bytes(8)
+    header = ident + struct.pack("<HHIIIIIHHHHHH", 2, machine, 1, entry, 52, 0, 0, 52, 32, count, 0, 0, 0)
+    return header + headers + body
+
+
+def multiboot_header(flags: int = 0, *addresses: int) -> bytes:
+    """A Multiboot header; `addresses` are its own, load, load end, bss end and entry."""
+    checksum = -(0x1BADB002 + flags) & 0xFFFF_FFFF
+    return struct.pack(f"<{3 + len(addresses)}I", 0x1BADB002, flags, checksum, *addresses)
+
+
 def make_bzimage(
     payload: bytes,
     *,
