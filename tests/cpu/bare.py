@@ -13,7 +13,7 @@ probe = pytest.importorskip("pyhyve.cpu.bt._probe", reason="the bt engine is not
 CF, PF, AF, ZF, SF, TF, IF, DF, OF = (1 << n for n in (0, 2, 4, 6, 7, 8, 9, 10, 11))
 NT, RF, VM, AC = 1 << 14, 1 << 16, 1 << 17, 1 << 18
 DE, DB, NMI, BP, UD, NM, DFLT, TS, NP, SS, GP, PAGE = 0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14
-X_TRIPLE, X_TASK, X_HLT, X_VMCALL, X_CR, X_IO, X_RDMSR, X_WRMSR, X_EPT = 2, 9, 12, 18, 28, 30, 31, 32, 48
+X_TRIPLE, X_HLT, X_VMCALL, X_CR, X_IO, X_RDMSR, X_WRMSR, X_EPT = 2, 12, 18, 28, 30, 31, 32, 48
 
 GDT, IDT, TSS, LDT = 0x1000, 0x2000, 0x3000, 0x4000
 PAGES: Final = 0x10000

@@ -34,7 +34,6 @@ from bare import (
     RING0_STACK,
     SS,
     STACK,
-    TASK,
     TF,
     TS,
     TSS,
@@ -44,7 +43,6 @@ from bare import (
     UDATA,
     VM,
     X_EPT,
-    X_TASK,
     X_TRIPLE,
     ZF,
     Machine,
@@ -338,16 +336,6 @@ def test_missing_inner_stack_is_an_invalid_tss() -> None:
     assert m.p.deliver_interrupt(0x20) == probe.OK
     assert m.cpl == 3
     assert m.words(m.rsp, 2, 4) == (1, CODE)
-
-
-def test_task_gate_and_nested_task_are_left_to_the_monitor() -> None:
-    m = Machine(32)
-    m.gate(DFLT, 0x85, TASK)
-    assert m.p.deliver_exception(DFLT, 0) == probe.EXIT
-    assert m.p.exit()["reason"] == X_TASK
-    assert m.p.exit()["qualification"] == TASK | 3 << 30
-    m.p.set(rflags=2 | NT)
-    assert m.exits("iretd")["qualification"] == 1 << 30
 
 
 def test_virtual_8086_interrupt_and_return() -> None:

@@ -79,7 +79,7 @@ def test_null_stack_segment_is_for_64_bit_supervisors_only() -> None:
         m.p.set(rax=cpl)
         if fine:
             m.ok("mov ss, eax")
-            assert m.shadow == 1
+            assert m.shadow == 2
         else:
             assert m.faults("mov ss, eax") == (GP, 0)
 

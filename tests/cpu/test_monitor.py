@@ -1,4 +1,4 @@
-"""Guests that need the monitor for an instruction: the task priority, string I/O, task switches."""
+"""Guests that need the monitor for an instruction: the task priority and string I/O."""
 
 from __future__ import annotations
 
@@ -249,25 +249,3 @@ def test_a_huge_count_lets_interrupts_in(guest: Guest) -> None:
     count = (1 << 64) - 1 - guest.cpu.get("r8")
     assert count == len(guest.ports.written)
     assert 5000 <= count <= 5000 + 1024
-
-
-# --- task switches ---------------------------------------------------------------------------------------------------
-
-
-def test_a_task_gate_or_switch_ends_the_run_with_a_reason(make: Callable[[], Guest]) -> None:
-    guest = make()
-    cpu = guest.cpu
-    cpu.set("cr0", 0x33)
-    cpu.set("efer", 0)
-    cpu.set("cr4", 0)
-    guest.put(GDT, 0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x0000_8900_0000_0067 | TSS << 16)
-    cpu.set_segment("cs", Segment(8, 0, 0xFFFF_FFFF, 0xC09B))
-    cpu.set_segment("tr", Segment(0x30, TSS + 0x100, 0x67, 0x8B))
-    guest.write(CODE, assemble("jmp 0x18:0", CODE, 32))
-    guest.vm.start()
-    assert guest.vm.wait(10)
-    assert guest.vm.suspended is not None
-    assert guest.vm.suspended.how is Suspend.ERROR
-    first = guest.vm.suspended.detail.splitlines()[0]
-    assert "task switch" in first
-    assert "Error" not in first

@@ -23,8 +23,10 @@ cdef enum:
     MODE_AVX = 256          # CR4.OSXSAVE and XCR0.AVX: VEX-encoded vector instructions are defined
     MODE_SLOW = 512         # one instruction, every memory access through a helper; never kept
     MODE_SINGLE = 1024      # stack accesses are checked one by one: for frames that lie over a page's end
+    MODE_TSD = 32768        # user code, CR4.TSD: RDTSC faults
     MODE_BANK_BITS = 35     # the bits that select a bank (CPL, AC): no flush of ibt[] when only these change
     MODE_CSBASE_SHIFT = 16  # bits 16-47: CS base of 16- and 32-bit code
+    MODE_WATCH_SHIFT = 56   # bits 56-63: which set of instructions is watched (debug.pyx), 0: none
 
 cdef struct Block:
     uint64_t rip            # guest RIP (linear address less CS base)

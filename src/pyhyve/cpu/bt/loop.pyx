@@ -5,6 +5,9 @@ only, no call into the C library."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport *
+from pyhyve.cpu.bt.debug cimport (
+    DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
+)
 from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_STACK, Insn, decode
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
@@ -31,7 +34,9 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
         mode |= MODE_NOFP
     if v.cr4 & (1 << 18) and v.xcr0 & 4:
         mode |= MODE_AVX
-    return mode
+    if v.cr4 & 4 and v.cpl == 3:
+        mode |= MODE_TSD
+    return mode | v.watch_key
 
 
 cdef inline void _fault(Vcpu* v, uint32_t vector, int has_error) noexcept nogil:
@@ -134,6 +139,8 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     cdef uint32_t width = m.width
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if data_watched(v, lin, width, access):
+        return _leave_access(v, R_SLOW, group, access)
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
         if hva and (not sub or access == ACCESS_READ and hva != <uint64_t>v.bounce):
@@ -169,6 +176,7 @@ cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             code_written(v, hva, m.width)
     if r != R_OK:
         return _leave_access(v, r, 0, m.access)
+    note_data(v, lin, m.width, m.access)
     return hva
 
 
@@ -198,7 +206,7 @@ cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
         v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
         return 0
     if v.rip != m.rip + m.insn.length or v.poll or v.drop_gen != dropped or v.shadow or v.sysflags & F_TF \
-            or compute_mode(v) != v.mode_key or (v.window and v.iflag):
+            or v.db_pending or compute_mode(v) != v.mode_key or (v.window and v.iflag):
         v.leave_reason = LEAVE_BRANCH
         return 0
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
@@ -302,7 +310,7 @@ cdef int _inject(Vcpu* v) noexcept nogil:
         v.fault_vector = v.inject_vector
         v.fault_has_error = v.inject_has_error
         v.fault_error = v.inject_error
-        v.fault_addr = v.cr2
+        v.fault_addr = v.cr2 if v.inject_vector == 14 else 0
         r = deliver_exception(v)
     else:
         r = deliver_interrupt(v, v.inject_vector, v.inject_type == 4, v.inject_has_error, v.inject_error)
@@ -328,7 +336,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef enter_fn enter = <enter_fn>c.enter
     cdef uint8_t* poll = <uint8_t*>&v.poll
-    cdef uint64_t mode, dropped
+    cdef uint64_t mode, dropped, at
     cdef Block* b = NULL
     cdef LinkMeta* link = NULL
     cdef MicroMeta* micro
@@ -342,10 +350,23 @@ cdef int _loop(Vcpu* v) noexcept nogil:
     update_bank(v)
     v.bounce_len = 0
     while True:
+        if v.db_pending:
+            r = debug_boundary(v)
+            if r == R_EXIT:
+                return v.exit.reason
+            if r == R_FAULT:
+                slow = 0
+                if deliver_exception(v) == R_EXIT:
+                    return v.exit.reason
+                v.db_pending = 0
+                v.shadow = 0
+                update_bank(v)
         if v.inject_valid:
             if _inject(v) == R_EXIT:
                 return v.exit.reason
             update_bank(v)
+            if v.db_pending:
+                continue
         if v.poll:
             poll[6] = 0
             poll[5] = 0
@@ -367,6 +388,18 @@ cdef int _loop(Vcpu* v) noexcept nogil:
         step = v.sysflags & F_TF
         if step:
             slow = 1
+        if v.sysflags & F_RF or v.debug & (WATCH_FETCH | WATCH_STEP):
+            r = debug_fetch(v, &slow)
+            if r == R_EXIT:
+                return v.exit.reason
+            if r == R_FAULT:
+                link = NULL
+                slow = 0
+                single = 0
+                if deliver_exception(v) == R_EXIT:
+                    return v.exit.reason
+                update_bank(v)
+                continue
         v.n.dispatches += 1
         mode = compute_mode(v)
         if (mode & ~<uint64_t>MODE_BANK_BITS) != v.ibt_mode:
@@ -385,6 +418,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             single = 0
             if r == R_EXIT:
                 return v.exit.reason
+            v.db_pending = 0
             if deliver_exception(v) == R_EXIT:
                 return v.exit.reason
             update_bank(v)
@@ -412,6 +446,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             c.pool_used -= 1
             slow = 0
         r = R_OK
+        at = v.rip
         c.leaves[v.leave_reason & 15] += 1
         if v.leave_reason == LEAVE_LINK:
             link = <LinkMeta*>v.leave_arg
@@ -429,10 +464,20 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 r = R_FAULT
             else:
                 r = microcode(v, &insn)
+                if insn.cls == C_BRANCH and (0xCC <= insn.opcode <= 0xCE or insn.opcode == 0xF1 or insn.map == 1):
+                    # INT and its kin save TF; SYSCALL and SYSRET are stepped by the TF that they leave
+                    if insn.opcode != 0x34 and insn.opcode != 0x35:
+                        step = v.sysflags & F_TF
+                elif r == R_EXIT and step and v.rip != at:
+                    if v.exit.reason == X_HLT:
+                        r = R_OK
+                    elif v.exit.reason == X_IO:
+                        v.db_pending |= DR6_BS
             update_bank(v)
         elif v.leave_reason == LEAVE_FAULT:
             r = R_FAULT
         elif v.leave_reason == LEAVE_EXIT:
+            v.db_pending = 0
             return v.exit.reason
         elif v.leave_reason == LEAVE_SLOW:
             slow = 1
@@ -443,13 +488,16 @@ cdef int _loop(Vcpu* v) noexcept nogil:
         else:
             update_bank(v)
         if r == R_OK and step:
-            v.dr[6] |= 0x4000
-            _fault(v, 1, 0)
-            r = R_FAULT
+            v.db_pending |= DR6_BS
         if r == R_FAULT:
+            v.db_pending = 0
             if deliver_exception(v) == R_EXIT:
                 return v.exit.reason
             update_bank(v)
             v.shadow = 0
         elif r == R_EXIT:
+            if v.rip == at and v.exit.reason != X_IO:
+                v.db_pending = 0
             return v.exit.reason
+        if v.debug & WATCH_STEP:
+            v.db_pending |= PENDING_STEP

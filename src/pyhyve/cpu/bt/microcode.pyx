@@ -1,7 +1,8 @@
 # cython: language_level=3
 """One instruction at a time, for what is never copied: the dispatch, the stack, near branches and decimal arithmetic.
 
-The rest is beside: microcode_segments (descriptors, far transfers), microcode_events (interrupts, IRET, system calls),
+The rest is beside: microcode_segments (descriptors), microcode_far (far transfers), microcode_tasks (task switches),
+microcode_events (interrupts, IRET, system calls),
 microcode_strings, microcode_system (control registers, MSRs, ports), microcode_vector (state images). Each checks and
 reads first and commits last. Source: Intel SDM vol 2.
 """
@@ -10,9 +11,10 @@ from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, u
 
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_events cimport *
+from pyhyve.cpu.bt.microcode_far cimport far_return, far_transfer
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_segments cimport (
-    arpl, far_return, far_transfer, group6, lar_lsl, load_far_pointer, load_segment, mov_sreg
+    arpl, group6, lar_lsl, load_far_pointer, load_segment, mov_sreg
 )
 from pyhyve.cpu.bt.microcode_strings cimport string_operation
 from pyhyve.cpu.bt.microcode_system cimport *
@@ -261,7 +263,7 @@ cdef int pop_sreg(Vcpu* v, Insn* i, int seg) noexcept nogil:
         if r != R_OK:
             v.gpr[RSP] = before
             return r
-        v.shadow = 1
+        v.shadow = SHADOW_SS
         return advance(v, i)
     r = load_segment(v, seg, <uint32_t>value & 0xFFFF)
     if r != R_OK:

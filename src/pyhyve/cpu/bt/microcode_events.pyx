@@ -8,10 +8,12 @@ vol 2 for IRET, SYSCALL, SYSRET, SYSENTER and SYSEXIT.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.debug cimport DR7_GD
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_segments cimport *
-from pyhyve.cpu.bt.mmu cimport mmu_hit, mmu_read, mmu_write
+from pyhyve.cpu.bt.microcode_tasks cimport TASK_EVENT, TASK_IRET, TaskEvent, task_switch
+from pyhyve.cpu.bt.mmu cimport mmu_hit, mmu_read, mmu_write, read_u16
 from pyhyve.cpu.bt.state cimport *
 
 
@@ -119,6 +121,7 @@ cdef int deliver32(Vcpu* v, uint32_t vector, bint software, bint has_error, uint
     cdef uint32_t selector, kind, cpl, size, n, k
     cdef uint8_t frame[40]
     cdef bint inner, vm = (v.sysflags & F_VM) != 0
+    cdef TaskEvent event
     cdef Segment ss
     cdef int r
     gate = d = sp = lin = 0
@@ -136,7 +139,10 @@ cdef int deliver32(Vcpu* v, uint32_t vector, bint software, bint has_error, uint
         return fault_code(v, NP, code)
     selector = <uint32_t>(gate >> 16) & 0xFFFC
     if kind == 5:
-        return task_switch(v, NULL, selector, 3)
+        event.ext = ext
+        event.has_error = has_error
+        event.error = error
+        return task_switch(v, <uint32_t>(gate >> 16), TASK_EVENT, rip, flags, &event)
     size = 4 if kind & 8 else 2
     target = gate & 0xFFFF
     if size == 4:
@@ -278,7 +284,10 @@ cdef int settle(Vcpu* v, uint32_t vector, bint first) noexcept nogil:
         vector = second
         # A fault's image has RF set, so that an instruction breakpoint does not hit again; a trap's has not.
         flags = get_rflags(v)
-        if vector != DB and vector != BP and vector != OF:
+        if vector == DB:
+            flags |= v.fault_addr & F_RF
+            v.dr[7] &= ~<uint64_t>DR7_GD
+        elif vector != BP and vector != OF:
             flags |= F_RF
         r = deliver(v, vector, False, v.fault_has_error != 0, <uint32_t>v.fault_error, v.rip, flags)
         if r != R_FAULT:
@@ -312,6 +321,8 @@ cdef int software_interrupt(Vcpu* v, Insn* i, uint32_t vector) noexcept nogil:
     """INT n, INT3, INTO, INT1; only INT1 passes gates whose DPL is less than CPL."""
     if v.sysflags & F_VM and i.opcode == 0xCD and iopl(v) < 3:
         return gp0(v)
+    if i.opcode == 0xF1:
+        v.dr[7] &= ~<uint64_t>DR7_GD
     return deliver(v, vector, i.opcode != 0xF1, False, 0, next_rip(v, i), get_rflags(v))
 
 
@@ -392,6 +403,7 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t* p
     cdef uint64_t d, ss
     cdef uint32_t selector, rpl
+    cdef uint16_t link
     cdef bint outer, long_target
     cdef int k, r
     if not protected(v):
@@ -399,7 +411,9 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     if v.sysflags & F_NT:
         if v.efer & EFER_LMA:
             return gp0(v)
-        return task_switch(v, i, 0, 1)
+        v.nmi_blocked = 0
+        r = read_u16(v, v.seg[SEG_TR].base, BANK_KERNEL, &link)
+        return r if r != R_OK else task_switch(v, link, TASK_IRET, next_rip(v, i), get_rflags(v), NULL)
     d = ss = 0
     if is64(v):
         if size == 8:

@@ -1,10 +1,10 @@
 # cython: language_level=3
-"""Descriptors, segment registers and far transfers."""
+"""Descriptors and segment registers."""
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.decode cimport Insn
-from pyhyve.cpu.bt.state cimport Segment, Vcpu
+from pyhyve.cpu.bt.state cimport SEG_LDTR, Segment, Vcpu
 
 cdef enum:
     R_BAD = 8                # read_descriptor: the selector names nothing; the caller knows which exception that is
@@ -49,6 +49,10 @@ cdef inline uint32_t desc_limit(uint64_t d) noexcept nogil:
 cdef inline uint32_t desc_attr(uint64_t d) noexcept nogil:
     return <uint32_t>(d >> 40) & 0xF0FF
 
+cdef inline uint64_t descriptor_at(Vcpu* v, uint32_t selector) noexcept nogil:
+    """Linear address of the descriptor that a selector names."""
+    return (v.seg[SEG_LDTR].base if selector & 4 else v.gdtr.base) + (selector & 0xFFF8)
+
 # R_OK, R_BAD, or what reading the table gave.
 cdef int read_descriptor(Vcpu* v, uint32_t selector, uint64_t* d) noexcept nogil
 # Fill the hidden part from a checked descriptor and set its accessed bit in memory.
@@ -67,11 +71,8 @@ cdef void drop_inner_segments(Vcpu* v) noexcept nogil
 cdef int inner_stack(Vcpu* v, uint32_t cpl, uint32_t ext, Segment* ss, uint64_t* sp) noexcept nogil
 # An 8-byte slot of the 64-bit TSS: RSPn or ISTn.
 cdef int tss_pointer(Vcpu* v, uint32_t offset, uint32_t ext, uint64_t* sp) noexcept nogil
-cdef int task_switch(Vcpu* v, Insn* i, uint32_t selector, uint32_t source) noexcept nogil
 
 # Instructions
-cdef int far_transfer(Vcpu* v, Insn* i, uint32_t selector, uint64_t offset, uint32_t size, bint call) noexcept nogil
-cdef int far_return(Vcpu* v, Insn* i) noexcept nogil
 cdef int mov_sreg(Vcpu* v, Insn* i) noexcept nogil
 cdef int load_far_pointer(Vcpu* v, Insn* i) noexcept nogil
 cdef int group6(Vcpu* v, Insn* i) noexcept nogil

@@ -10,6 +10,7 @@ there. Source: Intel SDM vol 2, "REP/REPE/REPZ/REPNE/REPNZ—Repeat String Opera
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport code_written
+from pyhyve.cpu.bt.debug cimport note_data, note_port, page_watched
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_system cimport io_allowed
@@ -118,6 +119,10 @@ cdef int locate(Vcpu* v, int seg, uint64_t offset, uint64_t mask, uint32_t size,
     most = chunk(lin[0], size, down)
     if most < n[0]:
         n[0] = most
+    if v.sysflags & F_TF or v.debug:
+        if v.sysflags & F_TF or v.debug & WATCH_STEP or page_watched(v, lin[0]):
+            n[0] = 1 if n[0] else 0
+            note_data(v, lin[0], size, access)
     if mask != ~<uint64_t>0 and n[0] > 1:
         # up to the wrap of SI and DI, and of the segment
         most = (offset / size if down else (mask - offset) / size) + 1
@@ -153,6 +158,7 @@ cdef int in_out_string(Vcpu* v, Insn* i, uint32_t size) noexcept nogil:
                 r = mmu_probe_read(v, lin, size, v.bank)
     if r != R_OK:
         return r
+    note_port(v, v.gpr[RDX] & 0xFFFF, size)
     v.exit.reason = X_IO
     v.exit.length = i.length
     v.exit.qualification = 0
@@ -268,6 +274,7 @@ cdef int string_operation(Vcpu* v, Insn* i) noexcept nogil:
             v.gpr[RCX] = count
         if count == 0 or stop:
             break
-        if v.poll:
-            return R_OK                          # RIP stays: the rest runs after the interrupt
+        if v.poll or v.db_pending or v.sysflags & F_TF or v.debug & WATCH_STEP:
+            v.sysflags |= F_RF                   # RIP stays: the rest runs after the interrupt
+            return R_OK
     return advance(v, i)

@@ -7,6 +7,7 @@ Bit Map" (vol 1); vol 2 for the instructions; vol 4 for the MSRs.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.debug cimport DR6_BD, DR7_GD, debug_update, note_port
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.mmu cimport (mmu_flush_all, mmu_flush_nonglobal, mmu_flush_page, mmu_load_cr3, mmu_read, read_u16)
@@ -114,6 +115,8 @@ cdef int write_cr4(Vcpu* v, uint64_t value) noexcept nogil:
     if changed & value & CR4_PCIDE and (not v.efer & EFER_LMA or v.cr3 & 0xFFF):
         return gp0(v)
     v.cr4 = value
+    if changed & CR4_DE:
+        debug_update(v)
     if changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_PCIDE | CR4_SMEP | CR4_SMAP):
         mmu_flush_all(v)
     return R_OK
@@ -188,9 +191,9 @@ cdef int mov_dr(Vcpu* v, Insn* i) noexcept nogil:
         return undefined(v)
     if v.cpl:
         return gp0(v)
-    if v.dr[7] & 0x2000:                          # GD: general detect
-        v.dr[6] |= 0x2000
-        v.dr[7] &= ~<uint64_t>0x2000
+    if v.dr[7] & DR7_GD:                          # a fault, before the access
+        v.dr[6] = (v.dr[6] & ~<uint64_t>15) | DR6_BD
+        v.fault_addr = F_RF
         return fault(v, DB)
     if dr == 4 or dr == 5:
         dr += 2
@@ -203,8 +206,10 @@ cdef int mov_dr(Vcpu* v, Insn* i) noexcept nogil:
     if dr == 6:
         value = (value & 0xE00F) | 0xFFFF0FF0ULL
     elif dr == 7:
-        value = (value & 0xFFFF2BFFULL) | 0x400
+        value = (value & 0xFFFF23FFULL) | 0x400
     v.dr[dr] = value
+    if dr != 6:
+        debug_update(v)
     return advance(v, i)
 
 
@@ -623,6 +628,7 @@ cdef int in_out(Vcpu* v, Insn* i) noexcept nogil:
     r = io_allowed(v, port, size)
     if r != R_OK:
         return r
+    note_port(v, port, size)
     advance(v, i)
     v.exit.reason = X_IO
     v.exit.length = i.length
@@ -650,7 +656,7 @@ cdef int cli_sti(Vcpu* v, Insn* i) noexcept nogil:
         return gp0(v)
     if i.opcode == 0xFB:
         if not v.iflag:
-            v.shadow = 1
+            v.shadow = SHADOW_STI
         v.iflag = 1
     else:
         v.iflag = 0

@@ -8,6 +8,7 @@ costs what was filled since the last one, not the size of the table.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport code_page, code_written, ibt_flush, ibt_flush_page
+from pyhyve.cpu.bt.debug cimport note_data, page_watched
 from pyhyve.cpu.bt.state cimport *
 
 cdef extern from *:
@@ -466,6 +467,8 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
         if not code:
             e.tag_w = page
     e.addend = hva - page
+    if v.debug and page_watched(v, lin):
+        e.tag_r = e.tag_w = tlb_invalid(index)
     note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
@@ -718,6 +721,7 @@ cdef int mmu_read(Vcpu* v, uint64_t lin, void* buf, uint64_t size, int bank) noe
         if p != NULL:
             move(<uint64_t>buf, <uint64_t>p, size)
             return R_OK
+        note_data(v, lin, size, ACCESS_READ)
     else:
         r = probe(v, lin, size, ACCESS_READ, bank)
         if r != R_OK:
@@ -754,6 +758,7 @@ cdef int mmu_write(Vcpu* v, uint64_t lin, const void* buf, uint64_t size, int ba
         if p != NULL:
             move(<uint64_t>p, source, size)
             return R_OK
+        note_data(v, lin, size, ACCESS_WRITE)
     else:
         r = probe(v, lin, size, ACCESS_WRITE, bank)
         if r != R_OK:

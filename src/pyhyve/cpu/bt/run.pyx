@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage
+from pyhyve.cpu.bt.debug cimport DR6_BS, debug_update
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
 from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
 from pyhyve.cpu.bt.shared cimport SHARED_VCPUS, Inbox, Shared, SharedPage, inbox_put, shared_find
@@ -435,6 +436,8 @@ cdef class BtVcpu:
             v.dr[i] = 0
         v.dr[6] = 0xFFFF0FF0
         v.dr[7] = 0x400
+        v.db_pending = 0
+        debug_update(v)
         v.star = v.lstar = v.cstar = v.sfmask = v.kernel_gs_base = 0
         v.sysenter_cs = v.sysenter_esp = v.sysenter_eip = v.tsc_aux = 0
         v.pat = 0x0007040600070406
@@ -470,10 +473,10 @@ cdef class BtVcpu:
         return self.v.inject_valid != 0
 
     def interruptible(self):
-        return self.v.iflag != 0 and self.v.shadow == 0 and self.v.inject_valid == 0
+        return self.v.iflag != 0 and self.v.shadow == 0 and self.v.inject_valid == 0 and self.v.db_pending == 0
 
     def nmi_allowed(self):
-        return self.v.nmi_blocked == 0 and self.v.shadow == 0 and self.v.inject_valid == 0
+        return self.v.nmi_blocked == 0 and self.v.shadow == 0 and self.v.inject_valid == 0 and self.v.db_pending == 0
 
     def request_interrupt_window(self, bint wanted):
         self.v.window = wanted
@@ -528,12 +531,15 @@ cdef class BtVcpu:
         elif name == "cr4":
             v.cr4 = value
             mmu_flush_all(v)
+            debug_update(v)
         elif name == "cr8": v.cr8 = value
         elif name == "efer":
             v.efer = value
             mmu_flush_all(v)
         elif name == "xcr0": v.xcr0 = value
-        elif name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"): v.dr[int(name[2])] = value
+        elif name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"):
+            v.dr[int(name[2])] = value
+            debug_update(v)
         elif name == "star": v.star = value
         elif name == "lstar": v.lstar = value
         elif name == "cstar": v.cstar = value
@@ -617,6 +623,8 @@ cdef class BtVcpu:
         if not (self.v.efer & 0x400 and self.v.seg[SEG_CS].attr & 0x2000):
             self.v.rip &= <uint64_t>0xFFFFFFFF
         self.v.shadow = 0
+        if self.v.sysflags & F_TF:
+            self.v.db_pending |= DR6_BS
 
     def set_cpuid(self, entries):
         cdef CpuidEntry* table = <CpuidEntry*>calloc(len(entries) + 1, sizeof(CpuidEntry))
@@ -654,6 +662,29 @@ cdef class BtVcpu:
             if p != NULL and p.mask >> self.c.me & 1:
                 inbox_put(&self.c.inbox, hva, stop - hva)
             hva = stop
+
+    def set_watches(self, ranges):
+        """Make run() end with MONITOR_TRAP where the guest touches what is watched: (first, last, kinds) each, linear
+        addresses, kinds of 1 (write), 3 (read or write) and 4 (execution). At most 16; they replace
+        those that were there. The exit's `qualification` has bit n for range n, and comes before an instruction that
+        is watched and behind one that touches data. A watched instruction runs when run() is called again."""
+        cdef Watch* w
+        if len(ranges) > WATCHES - 4:
+            raise ValueError(f"at most {WATCHES - 4} ranges can be watched")
+        for n in range(4, WATCHES):
+            w = &self.v.watch[n]
+            first, last, kinds = ranges[n - 4] if n - 4 < len(ranges) else (0, 0, 0)
+            if kinds & ~7 or not 0 <= first <= last <= 0xFFFFFFFFFFFFFFFF:
+                raise ValueError("a range that cannot be watched")
+            w.first = first
+            w.last = last
+            w.kinds = kinds
+            w.enabled = 3 if kinds else 0
+        debug_update(self.v)
+
+    def single_step(self, bint wanted):
+        """Make run() end with MONITOR_TRAP, `qualification` 1 << 31, behind each instruction."""
+        self.v.debug = (self.v.debug & ~<uint32_t>WATCH_STEP) | (WATCH_STEP if wanted else 0)
 
     def translate(self, uint64_t gla, int access=0):
         cdef uint64_t gpa = 0

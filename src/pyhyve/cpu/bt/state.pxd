@@ -30,6 +30,18 @@ cdef enum:
     R_EXIT = 2              # Vcpu.exit is filled: return to the monitor
     R_SLOW = 3              # (MMU fill) the access must be run by a one-instruction slow block
 
+    # What an address range is watched for (Watch.kinds), and whether anything is (Vcpu.debug)
+    WATCH_WRITE = 1
+    WATCH_READ = 2
+    WATCH_FETCH = 4
+    WATCH_PORT = 8
+    WATCH_STEP = 16         # Vcpu.debug only: the monitor wants every instruction
+    WATCHES = 20            # DR0 to DR3, then the monitor's
+
+    # Vcpu.shadow
+    SHADOW_STI = 1
+    SHADOW_SS = 2           # MOV SS, POP SS: debug exceptions wait as well
+
     SEG_ES = 0
     SEG_CS = 1
     SEG_SS = 2
@@ -146,6 +158,12 @@ cdef struct CpuidEntry:
     uint32_t ecx
     uint32_t edx
 
+cdef struct Watch:
+    uint64_t first               # linear address, or port
+    uint64_t last
+    uint32_t kinds               # WATCH_*
+    uint32_t enabled
+
 cdef struct Counters:
     uint64_t blocks_translated
     uint64_t insns_translated
@@ -179,7 +197,7 @@ cdef struct Vcpu:
     uint8_t dflag                # RFLAGS.DF
     uint8_t acflag               # RFLAGS.AC
     uint8_t cpl
-    uint8_t shadow               # 1: STI or MOV SS just done, no interrupt before the next instruction
+    uint8_t shadow               # SHADOW_*: STI or MOV SS just done, no interrupt before the next instruction
     uint8_t nmi_blocked
     uint32_t sysflags            # TF, IOPL, NT, RF, VM, VIF, VIP, ID in their RFLAGS places, all else 0
     uint8_t kick                 # set by other threads: leave guest mode soon
@@ -228,13 +246,21 @@ cdef struct Vcpu:
     uint32_t fault_vector
     uint32_t fault_has_error
     uint64_t fault_error
-    uint64_t fault_addr          # becomes CR2 for vector 14
+    uint64_t fault_addr          # becomes CR2 for vector 14; for #DB, F_RF if RF is set in the flags that are pushed
     # event that the monitor injects at the next entry
     uint32_t inject_valid
     uint32_t inject_vector
     uint32_t inject_type         # 0 external interrupt, 2 NMI, 3 exception, 4 software interrupt
     uint32_t inject_has_error
     uint64_t inject_error
+    # debugging: see debug.pxd
+    uint32_t debug               # WATCH_* of what is enabled
+    uint32_t n_watches
+    uint64_t db_pending          # for the next instruction boundary: bits of DR6; from bit 32 on, the monitor's
+    uint64_t watch_key           # part of the mode while instructions are watched
+    uint64_t watch_generation
+    uint64_t watch_skip          # linear address + 1 whose watch by the monitor has been reported
+    Watch watch[WATCHES]
     # nested paging
     uint64_t eptp                # host address of the EPT root table | low bits as VT-x's EPTP
     uint64_t eptgen

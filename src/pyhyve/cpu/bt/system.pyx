@@ -3,6 +3,7 @@
 
 from libc.stdint cimport uint32_t
 
+from pyhyve.cpu.bt.codecache cimport MODE_TSD
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
@@ -34,7 +35,7 @@ cdef bint emit_system(T* t, int n) noexcept nogil:
             t.next_poll = n + 1
             return True
         return False
-    if i.map == 1 and i.opcode == 0x31:          # RDTSC (CR4.TSD is not honoured: see docs/limits.md)
+    if i.map == 1 and i.opcode == 0x31 and not t.mode & MODE_TSD:    # RDTSC
         e2(e, 0x0F, 0x31)
         # r10 = rdx << 32 (rorx), rax = rax + r10 + offset
         e3(e, 0xC4, 0x63, 0xFB)

@@ -38,6 +38,7 @@ from pyhyve.cpu.bt.codecache cimport (
 )
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.copy cimport emit_copy
+from pyhyve.cpu.bt.debug cimport watched
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport emit_stubs, go, micro_end, micro_inline, new_stub
@@ -45,7 +46,7 @@ from pyhyve.cpu.bt.flow cimport emit_branch, emit_stack
 from pyhyve.cpu.bt.kinds cimport ends_block, is_jcc, is_opmask, is_vector
 from pyhyve.cpu.bt.liveness cimport find_liveness
 from pyhyve.cpu.bt.sharing cimport find_accesses
-from pyhyve.cpu.bt.state cimport BANK_KERNEL, BANK_KERNEL_AC, BANK_USER, IBT_ENTRIES, Vcpu
+from pyhyve.cpu.bt.state cimport BANK_KERNEL, BANK_KERNEL_AC, BANK_USER, IBT_ENTRIES, WATCH_FETCH, Vcpu
 from pyhyve.cpu.bt.strings cimport emit_string
 from pyhyve.cpu.bt.system cimport emit_system
 
@@ -119,7 +120,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     t.size = 16 if k == 0 else (32 if k == 1 else 64)
     t.cpl = mode & MODE_CPL
     t.bank = BANK_USER if t.cpl == 3 else (BANK_KERNEL_AC if mode & MODE_AC else BANK_KERNEL)
-    t.csbase = (mode >> MODE_CSBASE_SHIFT) if t.size != 64 else 0
+    t.csbase = (mode >> MODE_CSBASE_SHIFT) & 0xFFFFFFFFULL if t.size != 64 else 0
     t.page = (rip + t.csbase) & ~<uint64_t>0xFFF
     t.n = 0
     t.n_stubs = 0
@@ -144,6 +145,8 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         pc = rip + n
     else:
         while t.n < limit:
+            if t.n and v.debug & WATCH_FETCH and watched(v, pc + t.csbase, pc + t.csbase, WATCH_FETCH):
+                break
             i = &t.insns[t.n]
             n = decode(at, left, t.size, i)
             if n == 0:
