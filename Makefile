@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+MINUTES ?= 60
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
@@ -17,7 +18,7 @@ INSTALL_STAMP := $(VENV)/.stamp-install
 NATIVE := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format build bench dist clean distclean
+.PHONY: help run test lint format build bench soak dist clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ build: $(INSTALL_STAMP) ## build the processor and install the package into .ven
 
 bench: $(INSTALL_STAMP) ## measure, beside QEMU where it is installed; writes bench/out/latest.json
 	@$(BIN)/python bench/run.py $(BENCH)
+
+soak: $(INSTALL_STAMP) ## run a guest that checks itself, for MINUTES (60)
+	@$(BIN)/python bench/soak.py --minutes $(MINUTES) $(SOAK)
 
 dist: $(INSTALL_STAMP) ## sdist and wheel, in dist/
 	@$(PIP) install build
