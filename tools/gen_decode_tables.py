@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +25,15 @@ from iced_x86 import (
     EncodingKind,
     Instruction,
     InstructionInfoFactory,
+    MemorySize,
     MemorySizeExt,
     Mnemonic,
     OpAccess,
     OpCodeOperandKind,
     RflagsBits,
 )
+
+from pyhyve.cpu.bt.features import AVX512VL, NUMBERS
 
 OUTPUT: Final = Path(__file__).resolve().parent.parent / "src/pyhyve/cpu/bt/decode_tables.h"
 
@@ -56,6 +59,7 @@ SIZES: Final = {PP: 4, OSZ: 3, M64: 2, MOD: 2, REG: 8, RM: 8, W: 2, L: 4, BC: 2}
 C_INVALID, C_COPY, C_NOP, C_BRANCH, C_STACK, C_STRING, C_SYSTEM = range(7)
 A_MODRM, A_REG_GPR, A_RM_GPR, A_VVVV_GPR, A_OPREG = 1, 4, 8, 16, 32
 A_REG_8, A_RM_8, A_MOFFS, A_NO_ACCESS, A_BITOFF, A_VSIB = 64, 128, 256, 512, 1024, 2048
+A_W0 = 8192
 M_NONE, M_READ, M_WRITE, M_RW = range(4)
 FL_CF, FL_PF, FL_AF, FL_ZF, FL_SF, FL_OF, FL_ALL = 1, 2, 4, 8, 16, 32, 63
 
@@ -88,6 +92,8 @@ class Leaf:
     flags_killed: int = 0
     check: int = 0
     disp8: int = 1  # EVEX: factor of disp8
+    feature: int = 0  # FEATURES, and V_LENGTH
+    masked: int = 0  # which bytes a mask leaves unaccessed: see masking()
 
 
 Selectors = tuple[int, ...]  # values in the order of SIZES
@@ -100,9 +106,35 @@ BAD_FEATURES: Final = words(
     PADLOCK_PMM PADLOCK_RNG PADLOCK_UNDOC CENTAUR_AIS CYRIX_DDI CYRIX_DMI CYRIX_EMMI CYRIX_FPU CYRIX_SHR CYRIX_SMINT
     CYRIX_SMINT_0F7E CYRIX_SMM KNC UINTR ENQCMD MOVDIR64B PTWRITE KL WIDE_KL AESKLE HRESET LKGS FRED MSRLIST WRMSRNS
     INVLPGB MCOMMIT RDPRU RMPQUERY CLZERO PCONFIG WAITPKG UDBG INVEPT INVVPID MONITORX TSE OSS IA64 PCOMMIT
-    AVX512PF INTEL286_ONLY INTEL386_ONLY INTEL386_A0_ONLY INTEL486_A_ONLY INTEL8086_ONLY MOV_TR UMOV FPU287XL_ONLY
+    AVX512PF AVX512ER AVX512_4FMAPS AVX512_4VNNIW RAO_INT CMPCCXADD
+    INTEL286_ONLY INTEL386_ONLY INTEL386_A0_ONLY INTEL486_A_ONLY INTEL8086_ONLY MOV_TR UMOV FPU287XL_ONLY
     """
 )
+# Features that CPUID may hide, each with its number in decode.pxd (FT_*): such an instruction is #UD then. What needs
+# AVX or AVX512F alone needs no number: XCR0 has that state enabled, or VEX and EVEX are undefined anyway.
+FEATURES: Final = {name.upper(): number for name, number in NUMBERS.items() if number != AVX512VL}
+V_LENGTH: Final = 64  # Leaf.feature: AVX512VL as well
+
+# Leaf.masked
+MASKED: Final = 0x20  # bits 0-1: log2 of an element's bytes, bits 2-4: log2 of the number of mask bits
+MASKED_PACKED: Final = 0x40  # as many elements as mask bits are set, one behind the other
+MASKED_VECTOR: Final = 0x80  # the mask is the sign bits of vvvv
+# Instructions whose memory operand is read or written whole, whatever the mask is: Intel SDM vol 2, "Exception
+# Classifications of EVEX-Encoded Instructions", those whose name ends in NF.
+MASK_SUPPRESSES_NO_FAULT: Final = words(
+    """VALIGND VALIGNQ VCVTNE2PS2BF16 VDBPSADBW VEXTRACTF32X4 VEXTRACTF32X8 VEXTRACTF64X2 VEXTRACTF64X4 VEXTRACTI32X4
+    VEXTRACTI32X8 VEXTRACTI64X2 VEXTRACTI64X4 VGF2P8AFFINEINVQB VGF2P8AFFINEQB VINSERTF32X4 VINSERTF32X8 VINSERTF64X2
+    VINSERTF64X4 VINSERTI32X4 VINSERTI32X8 VINSERTI64X2 VINSERTI64X4 VMOVDDUP VMOVSHDUP VMOVSLDUP VPACKSSDW VPACKSSWB
+    VPACKUSDW VPACKUSWB VPALIGNR VPCONFLICTD VPCONFLICTQ VPERMB VPERMD VPERMI2B VPERMI2D VPERMI2PD VPERMI2PS VPERMI2Q
+    VPERMI2W VPERMILPD VPERMILPS VPERMPD VPERMPS VPERMQ VPERMT2B VPERMT2D VPERMT2PD VPERMT2PS VPERMT2Q VPERMT2W VPERMW
+    VPMADDUBSW VPMADDWD VPMULTISHIFTQB VPSHUFB VPSHUFD VPSHUFHW VPSHUFLW VPSLLD VPSLLQ VPSLLW VPSRAD VPSRAQ VPSRAW
+    VPSRLD VPSRLQ VPSRLW VPUNPCKHBW VPUNPCKHDQ VPUNPCKHQDQ VPUNPCKHWD VPUNPCKLBW VPUNPCKLDQ VPUNPCKLQDQ VPUNPCKLWD
+    VSHUFF32X4 VSHUFF64X2 VSHUFI32X4 VSHUFI64X2 VSHUFPD VSHUFPS VUNPCKHPD VUNPCKHPS VUNPCKLPD VUNPCKLPS"""
+)
+# Elements of the mask that are wider than those of the operand.
+MASK_ELEMENTS: Final = {
+    "VPMULDQ": 8, "VPMULUDQ": 8, "VPDPBUSD": 4, "VPDPBUSDS": 4, "VPDPWSSD": 4, "VPDPWSSDS": 4, "VDPBF16PS": 4,
+}  # fmt: skip
 BAD_MNEMONICS: Final = words("UD0 UD1 UD2 XABORT XBEGIN XEND XTEST RSM GETSEC")
 KEEP_MNEMONICS: Final = words("VMCALL VMMCALL RDSSPD RDSSPQ")
 BRANCHES: Final = words(
@@ -223,6 +255,44 @@ def size_of(insn: Instruction) -> int:
     return int(MemorySizeExt.size(size))
 
 
+def feature_of(insn: Instruction, name: str, cls: int) -> int:
+    """Return Leaf.feature. Of AVX512VL and another feature, both are needed."""
+    if cls in (C_INVALID, C_NOP) or name in KEEP_MNEMONICS:
+        return 0
+    found = {FEATURE[f] for f in insn.cpuid_features()}
+    needed = sorted(FEATURES[f] for f in found if f in FEATURES)
+    if len(needed) > 1:
+        raise ValueError(f"{insn}: needs {found}")
+    return (needed[0] if needed else 0) | (V_LENGTH if "AVX512VL" in found else 0)
+
+
+def masking(insn: Instruction, name: str, bits: int) -> int:
+    """Return Leaf.masked of a form with a memory operand, by the vector's length in bits.
+
+    Mask bit i guards the bytes from i * element on, modulo the operand's width: so it is for whole vectors, scalars and
+    broadcasts alike.
+    """
+    if name.startswith(("VMASKMOV", "VPMASKMOV")):
+        element = 8 if name.endswith(("PD", "Q")) else 4
+        return MASKED | MASKED_VECTOR | (bits // 8 // element).bit_length() - 1 << 2 | element.bit_length() - 1
+    if name in MASK_SUPPRESSES_NO_FAULT or not insn.op_code().can_use_op_mask_register:
+        return 0
+    width = size_of(insn)
+    element = MASK_ELEMENTS.get(name, int(MemorySizeExt.element_size(insn.memory_size)))
+    if insn.is_broadcast:
+        element = width
+        count = int(_names(MemorySize)[insn.memory_size].split("_")[0].removeprefix("BROADCAST")) // 8 // element
+    elif "BROADCAST" in name:
+        kind = name.split("BROADCAST")[1]
+        if kind[1:].startswith(("32", "64")):
+            element = int(kind[1:3]) // 8
+        count = bits // 8 // element
+    else:
+        count = width // element
+    packed = MASKED_PACKED if "COMPRESS" in name or "EXPAND" in name else 0
+    return MASKED | packed | count.bit_length() - 1 << 2 | element.bit_length() - 1
+
+
 def operand_size(insn: Instruction, name: str, cls: int, kinds: list[str], effective: int, mode: int) -> int:
     if cls == C_STRING:
         return size_of(insn)
@@ -319,7 +389,8 @@ def leaf_of(insn: Instruction, *, effective: int, mode: int, memory: bool, imm: 
         check |= K_ZERO
     read, killed, qualified = flags_of(insn, name, cls, kinds)
     size = operand_size(insn, name, cls, kinds, effective, mode)
-    return Leaf(cls, imm, size, access, width, attr, read, killed, check | qualified)
+    feature = feature_of(insn, name, cls)
+    return Leaf(cls, imm, size, access, width, attr, read, killed, check | qualified, feature=feature)
 
 
 def decode_sample(mode: int, code: bytes, options: int = DecoderOptions.NONE) -> Instruction | None:
@@ -401,6 +472,17 @@ def legacy_samples(map_: int, opcode: int) -> Samples:
     return found
 
 
+def ignores_w(mode: int, head: bytes, p1: int) -> bool:
+    """Whether W selects between two instructions in 64-bit mode, but not in `mode`. `p1` is where W's byte stands."""
+
+    def codes(bits: int) -> tuple[int | None, ...]:
+        flipped = head[:p1] + bytes([head[p1] ^ 0x80]) + head[p1 + 1 :]
+        found = (decode_sample(bits, sample + FILLER) for sample in (head, flipped))
+        return tuple(insn.code if insn is not None else None for insn in found)
+
+    return mode != 64 and len(set(codes(mode))) == 1 and len(set(codes(64))) == 2
+
+
 def vector_forms(group: bool) -> Iterator[tuple[int, int]]:
     for mod in (0, 1):
         for reg in range(8) if group else (1,):
@@ -436,11 +518,13 @@ def vex_leaf(mode: int, map_: int, opcode: int, pp: int, w: int, length: int, mo
                 insn, effective=effective, mode=mode, memory=modrm and not mod, imm=insn.len - len(head), modrm=modrm
             )
             check = leaf.check
+            masked = masking(insn, MNEMONIC[insn.mnemonic], 128 << length) if leaf.cls == C_COPY and not mod else 0
             if leaf.cls != C_INVALID:
                 other = bytes([0xC4, 0xE0 | map_, w << 7 | 12 << 3 | length << 2 | pp, opcode])
                 if decode_sample(mode, other + tail + FILLER) is None:
                     check |= K_VVVV
-            return Leaf(**{**{f: getattr(leaf, f) for f in leaf.__slots__}, "check": check})
+            attr = leaf.attr | (A_W0 if ignores_w(mode, head, 2) else 0)
+            return replace(leaf, check=check, masked=masked, attr=attr)
     return Leaf(attr=A_MODRM if modrm else 0)
 
 
@@ -466,10 +550,12 @@ def evex_leaf(
 ) -> Leaf:
     tails = [bytes([0xC3 | reg << 3])] if mod else [bytes([0x43 | reg << 3, 1]), bytes([0x44 | reg << 3, 0x13, 1])]
 
-    def attempt(tail: bytes, vvvv: int, mask: int, zero: int = 0) -> Instruction | None:
+    def head(vvvv: int, mask: int, zero: int = 0) -> bytes:
         p2 = zero << 7 | length << 5 | broadcast << 4 | 8 | mask
-        head = bytes([0x62, 0xF0 | map_, w << 7 | vvvv << 3 | 4 | pp, p2, opcode])
-        return decode_sample(mode, head + tail + FILLER)
+        return bytes([0x62, 0xF0 | map_, w << 7 | vvvv << 3 | 4 | pp, p2, opcode])
+
+    def attempt(tail: bytes, vvvv: int, mask: int, zero: int = 0) -> Instruction | None:
+        return decode_sample(mode, head(vvvv, mask, zero) + tail + FILLER)
 
     for mask in (0, 1):
         for tail in tails:
@@ -493,7 +579,9 @@ def evex_leaf(
             if attempt(tail, 15, 1, 1) is not None:
                 check |= K_ZERO
             disp8 = insn.memory_displacement if memory else 1
-            return Leaf(**{**{f: getattr(leaf, f) for f in leaf.__slots__}, "check": check, "disp8": disp8})
+            masked = masking(insn, MNEMONIC[insn.mnemonic], 128 << length) if memory and leaf.cls == C_COPY else 0
+            attr = leaf.attr | (A_W0 if ignores_w(mode, head(15, mask) + tail, 2) else 0)
+            return replace(leaf, check=check, disp8=disp8, masked=masked, attr=attr)
     return Leaf(attr=A_MODRM)
 
 
@@ -588,7 +676,7 @@ def write(path: Path) -> None:
         "/* One kind of instruction; see Leaf in the generator. */",
         "typedef struct {",
         "  uint16_t attr, check, width;",
-        "  uint8_t cls, imm, opsize, access, flags_read, flags_killed, disp8, pad;",
+        "  uint8_t cls, imm, opsize, access, flags_read, flags_killed, disp8, feature, masked, pad;",
         "} decode_leaf_t;",
         "",
         "/* References: 0x8000 | leaf, or the index of a node: selector, then one reference a value. */",
@@ -601,7 +689,7 @@ def write(path: Path) -> None:
     text.append(f"static const decode_leaf_t decode_leaves[{len(tables.leaves)}] = {{")
     for leaf in tables.leaves:
         fields = (leaf.attr, leaf.check, leaf.width, leaf.cls, leaf.imm, leaf.opsize, leaf.access)
-        more = (leaf.flags_read, leaf.flags_killed, leaf.disp8)
+        more = (leaf.flags_read, leaf.flags_killed, leaf.disp8, leaf.feature, leaf.masked)
         text.append("  {" + ", ".join(str(v) for v in fields + more) + ", 0},")
     text.append("};\n")
     text.append("/* 1: the opcode has a ModRM byte (one-byte map, 0F, 0F 38, 0F 3A). */")

@@ -154,12 +154,19 @@ def cpuid_table(xcr0: int) -> list[CpuidEntry]:
         features |= 1 << 28 | 1 << 12 | 1 << 29  # AVX FMA F16C
     edx1 = sum(1 << bit for bit in (0, 2, 3, 4, 5, 6, 8, 9, 11, 13, 15, 16, 17, 19, 23, 24, 25, 26))
     structured = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 20  # FSGSBASE BMI1 SMEP BMI2 ERMS SMAP
+    structured_c = 0
     if xcr0 & 4:
         structured |= 1 << 5
+    for flag, bit in {"pclmulqdq": 1, "aes": 25, "rdrand": 30}.items():
+        features |= (flag in host_flags()) << bit
+    for flag, bit in {"rdseed": 18, "adx": 19, "clflushopt": 23, "clwb": 24, "sha_ni": 29}.items():
+        structured |= (flag in host_flags()) << bit
+    for flag, bit in {"gfni": 8, "vaes": 9, "vpclmulqdq": 10, "rdpid": 22}.items():
+        structured_c |= (flag in host_flags()) << bit
     table = [
         CpuidEntry(0, None, 0xD, ebx, ecx, edx),
         CpuidEntry(1, None, 0xA10F11 if amd else 0x806F8, 0x800, features, edx1),
-        CpuidEntry(7, 0, 0, structured, 0, 0),
+        CpuidEntry(7, 0, 0, structured, structured_c, 0),
         CpuidEntry(0x8000_0000, None, 0x8000_0008, ebx, ecx, edx),
         CpuidEntry(0x8000_0001, None, 0xA10F11 if amd else 0, 0, 0x121, 1 << 11 | 1 << 20 | 1 << 27 | 1 << 29),
         CpuidEntry(0x8000_0008, None, 0x3028, 0, 0, 0),

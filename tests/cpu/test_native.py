@@ -50,13 +50,19 @@ class Guest:
         for n, entry in enumerate(entries):
             self.space.write(tables + 0x1000 * n, struct.pack("<Q", entry) + bytes(4088))
         self.space.write(tables + 0x2000, struct.pack("<512Q", *((n << 21) | 0x83 for n in range(512))))
+        # the large page about the data window, by small ones, less those that are not there
+        region = DATA >> 21
+        absent = (DATA - 0x1000, DATA + DATA_SIZE)
+        pages = (region << 21 | n << 12 for n in range(512))
+        self.space.write(tables + 0x3000, struct.pack("<512Q", *(0 if page in absent else page | 3 for page in pages)))
+        self.space.write(tables + 0x2000 + 8 * region, struct.pack("<Q", tables + 0x3003))
         self.cpu = self.vm.create_vcpu(0)
         cpu = self.cpu
         cpu.set("cr0", 0x80050033)
         cpu.set("cr4", 0x40620)
         cpu.set("cr3", tables)
         cpu.set("efer", 0xD00)
-        cpu.set("xcr0", 7)
+        cpu.set("xcr0", window.STATE)
         cpu.set_segment("cs", Segment(8, 0, 0xFFFFFFFF, 0xA09B))
         for name in ("ss", "ds", "es"):
             cpu.set_segment(name, Segment(16, 0, 0xFFFFFFFF, 0xC093))
@@ -103,7 +109,10 @@ def differences(case: Case, got: State, want: State) -> list[str]:
         ymm = area[576:832] if bits & 4 else bytes(256)
         xmm = area[160:416] if bits & 2 else bytes(256)
         x87 = area[0:6] + area[32:160] if bits & 1 else b"\x7f\x03" + bytes(4 + 128)
-        return x87 + area[24:28] + xmm + ymm
+        more = [
+            area[at : at + size] if bits >> n & 1 else bytes(size) for n, (size, at) in window.AVX512_PLACES.items()
+        ]
+        return x87 + area[24:28] + xmm + ymm + b"".join(more)
 
     if vector(got.xsave) != vector(want.xsave):
         found.append("x87 or vector state")
@@ -149,6 +158,20 @@ def test_random_instructions_do_as_on_the_host(guest: Guest, make: Any) -> None:
         assert not failures, "\n".join(failures[:10])
         assert some > 25, "nearly every native run faulted"
         ran += some
+
+
+@pytest.mark.parametrize("make", [window.make_evex_gather_case, window.make_masked_case], ids=["gathers", "masks"])
+def test_masked_accesses_do_as_on_the_host(guest: Guest, make: Any) -> None:
+    if not window.AVX512:
+        pytest.skip("the host has no AVX-512")
+    decode: Any = decode_module.decode_bytes
+    rng = random.Random(int(os.environ.get("PYHYVE_FUZZ_SEED", "1")))
+    ran = 0
+    for _ in range(8):
+        some, failures = check(guest, [make(rng, decode) for _ in range(250)])
+        assert not failures, "\n".join(failures[:10])
+        ran += some
+    assert ran > 1000, "nearly every native run faulted"
 
 
 def test_gathers_do_as_on_the_host(guest: Guest) -> None:

@@ -56,17 +56,25 @@ _L7_EBX_SHOW: Final = _bits(1, 9)
 """IA32_TSC_ADJUST (the monitor's), ERMS (a promise of speed, which both kinds of engine keep)."""
 _L7_EBX_PCID: Final = _bits(10)
 _L7_EBX_AVX512: Final = _bits(16, 17, 21, 28, 30, 31)
-_L7_ECX_PASS: Final = _bits(2, 8, 9, 10, 22)
-"""UMIP GFNI VAES VPCLMULQDQ RDPID."""
+_L7_ECX_PASS: Final = _bits(2, 8, 9, 10, 22, 27)
+"""UMIP GFNI VAES VPCLMULQDQ RDPID MOVDIRI."""
+"""F DQ IFMA CD BW VL."""
 _L7_ECX_AVX512: Final = _bits(1, 6, 11, 12, 14)
+"""VBMI VBMI2 VNNI BITALG VPOPCNTDQ."""
+_L7_EDX_AVX512: Final = _bits(8, 23)
+"""VP2INTERSECT FP16."""
 _L7_EDX_SHOW: Final = _bits(4)
 """FSRM."""
 _L7_EDX_MITIGATION: Final = _bits(26, 29)
 """IBRS (the SPEC_CTRL MSR), ARCH_CAPABILITIES."""
 _L7_EDX_HARDWARE: Final = _bits(10, 26, 27, 28, 29, 31)
 """MD_CLEAR IBRS/IBPB STIBP L1D_FLUSH ARCH_CAPABILITIES SSBD."""
-_L7_1_EAX_PASS: Final = _bits(4)
-"""AVX-VNNI."""
+_L7_1_EAX_PASS: Final = _bits(0, 1, 2, 4, 23)
+"""SHA512 SM3 SM4 AVX-VNNI AVX-IFMA."""
+_L7_1_EAX_AVX512: Final = _bits(5)
+"""AVX512-BF16."""
+_L7_1_EDX_PASS: Final = _bits(4, 5, 10)
+"""AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16."""
 
 # Leaf 0DH, subleaf 1: XSAVEOPT, XSAVEC, XGETBV with ECX=1; not XSAVES, whose state components are a supervisor's.
 _LD_1_EAX_PASS: Final = _bits(0, 1, 2)
@@ -218,8 +226,10 @@ class CpuidPolicy:
             ecx_pass &= ~_bits(9, 10)
         speculation = edx & _L7_EDX_HARDWARE if self.hardware else _L7_EDX_MITIGATION
         sub1 = host(7, 1) if host(7, 0)[0] >= 1 else (0, 0, 0, 0)
-        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass, _L7_EDX_SHOW | speculation)
-        yield CpuidEntry(7, 1, sub1[0] & _L7_1_EAX_PASS if self.xcr0 & 4 else 0, 0, 0, 0)
+        edx = edx & (_L7_EDX_AVX512 if avx512 else 0) | _L7_EDX_SHOW | speculation
+        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass, edx)
+        eax = sub1[0] & (_L7_1_EAX_PASS | (_L7_1_EAX_AVX512 if avx512 else 0))
+        yield CpuidEntry(7, 1, *((eax, 0, 0, sub1[3] & _L7_1_EDX_PASS) if self.xcr0 & 4 else (0, 0, 0, 0)))
 
         # One thread a core, all cores in one package: level 0 (SMT) holds one, level 1 (core) all.
         shift = max(0, (cpus - 1).bit_length())

@@ -20,6 +20,7 @@ cdef enum:
     MODE_SIZE = 12
     MODE_AC = 32            # supervisor with RFLAGS.AC
     MODE_NOFP = 64          # CR0.TS or CR0.EM: x87 and vector instructions fault
+    MODE_AVX512 = 128       # CR4.OSXSAVE and XCR0's AVX-512 bits: EVEX and opmask instructions are defined
     MODE_AVX = 256          # CR4.OSXSAVE and XCR0.AVX: VEX-encoded vector instructions are defined
     MODE_SLOW = 512         # one instruction, every memory access through a helper; never kept
     MODE_SINGLE = 1024      # stack accesses are checked one by one: for frames that lie over a page's end
@@ -86,6 +87,7 @@ cdef struct Cache:
     uint8_t* micro
     uint8_t* micro_end
     uint8_t* link
+    uint8_t* masked
     uint8_t* slow
     uint8_t* commit
 

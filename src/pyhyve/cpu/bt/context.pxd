@@ -31,6 +31,7 @@ cdef struct Stub:
     int32_t off             # of the tag compared
     int poll
     int index               # instruction
+    int masked              # Insn.masked of the access, and the mask's register << 8
 
 cdef struct Access:             # a memory access off an unscaled base register, found before code is made
     int valid

@@ -5,6 +5,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.access cimport commit_store, host_address, linear_address
 from pyhyve.cpu.bt.context cimport *
+from pyhyve.cpu.bt.copy_evex cimport emit_evex, masked_operand
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.kinds cimport is_vector
@@ -79,6 +80,9 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
         return
     if i.attr & A_NO_ACCESS and i.attr & A_MEM:
         return                                   # (prefetch and the like: C_NOP)
+    if i.enc == ENC_EVEX:
+        emit_evex(t, n)
+        return
     # an 8-bit operand AH-BH: no REX may be emitted
     high8 = 0
     if i.rex == 0 or t.size != 64:
@@ -126,7 +130,10 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
                 else:
                     pext_gs(e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).bit_mask[0]) + 16)
         else:
-            operand(t, n, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.mem_width, live)
+            if i.masked:
+                masked_operand(t, n, live)
+            else:
+                operand(t, n, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.mem_width, live)
             used |= 1
 
     # 2. registers
@@ -178,6 +185,8 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
         k = i.evex_p[1]
         if _vex_is_c5(i):
             k = i.evex_p[0] & 0x7F               # C5: W = 0
+        if i.attr & A_W0:
+            k &= 0x7F
         k = (k & 0x87) | ((~vvvv & 15) << 3)
         e2(e, k, opcode)
     else:

@@ -38,6 +38,7 @@ cdef enum:
     A_BITOFF = 1024          # BT/BTS/BTR/BTC with a register bit offset on memory
     A_VSIB = 2048            # gather/scatter: vector index
     A_RIP = 4096             # RIP-relative memory operand (base == REG_RIP)
+    A_W0 = 8192              # VEX, EVEX outside of 64-bit mode: W is ignored, though not in 64-bit mode
 
     REG_NONE = 0xFF
     REG_RIP = 0xFE
@@ -55,6 +56,72 @@ cdef enum:
     FL_SF = 16
     FL_OF = 32
     FL_ALL = 63
+
+    # Features that CPUID may hide: `feature`, and bits of Vcpu.features. Bit 0 is always set.
+    FT_SSE3 = 1
+    FT_SSSE3 = 2
+    FT_SSE4_1 = 3
+    FT_SSE4_2 = 4
+    FT_SSE4A = 5
+    FT_POPCNT = 6
+    FT_LZCNT = 7
+    FT_BMI1 = 8
+    FT_BMI2 = 9
+    FT_MOVBE = 10
+    FT_AES = 11
+    FT_PCLMULQDQ = 12
+    FT_SHA = 13
+    FT_ADX = 14
+    FT_RDRAND = 15
+    FT_RDSEED = 16
+    FT_GFNI = 17
+    FT_F16C = 18
+    FT_FMA = 19
+    FT_AVX2 = 20
+    FT_VAES = 21
+    FT_VPCLMULQDQ = 22
+    FT_AVX_VNNI = 23
+    FT_AVX_IFMA = 24
+    FT_AVX_VNNI_INT8 = 25
+    FT_AVX_NE_CONVERT = 26
+    FT_AVX_VNNI_INT16 = 27
+    FT_SHA512 = 28
+    FT_SM3 = 29
+    FT_SM4 = 30
+    FT_AVX512DQ = 31
+    FT_AVX512_IFMA = 32
+    FT_AVX512CD = 33
+    FT_AVX512BW = 34
+    FT_AVX512_VBMI = 35
+    FT_AVX512_VBMI2 = 36
+    FT_AVX512_VNNI = 37
+    FT_AVX512_BITALG = 38
+    FT_AVX512_VPOPCNTDQ = 39
+    FT_AVX512_BF16 = 40
+    FT_AVX512_FP16 = 41
+    FT_AVX512_VP2INTERSECT = 42
+    FT_CLFLUSHOPT = 43
+    FT_CLWB = 44
+    FT_CMPXCHG16B = 45
+    FT_RDTSCP = 46
+    FT_RDPID = 47
+    FT_INVPCID = 48
+    FT_SMAP = 49
+    FT_XSAVEOPT = 50
+    FT_XSAVEC = 51
+    FT_XSAVES = 52
+    FT_SERIALIZE = 53
+    FT_MOVDIRI = 54
+    FT_PKU = 55
+    FT_FSGSBASE = 56
+    FT_AVX512VL = 63
+    V_LENGTH = 64            # in `feature`: AVX512VL is needed as well
+
+    # Insn.masked: what a mask leaves unaccessed of the memory operand. Mask bit i guards the bytes from i * element on,
+    # modulo the operand's width.
+    MASKED = 0x20            # bits 0-1: log2 of an element's bytes, bits 2-4: log2 of the number of mask bits
+    MASKED_PACKED = 0x40     # as many elements as mask bits are set, one behind the other
+    MASKED_VECTOR = 0x80     # the mask is the sign bits of vvvv, not an opmask register
 
 cdef struct Insn:
     const uint8_t* bytes     # the instruction's first byte, as handed in
@@ -84,6 +151,8 @@ cdef struct Insn:
     uint8_t opcode_off       # offset of the opcode byte (of the last one, behind 0F, 0F 38...; for VEX/EVEX behind the prefix)
     uint8_t imm_off          # offset of the immediate
     uint8_t evex_p[3]        # the three EVEX payload bytes; for VEX: the bytes behind C4/C5 (C5: one, [0]; C4: two)
+    uint8_t feature          # FT_* that it needs, and V_LENGTH; 0: none
+    uint8_t masked           # MASKED_*; 0: the memory operand is accessed whole
     uint16_t mem_width       # bytes that the memory operand's access touches; 0 if not accessed or of another kind
     uint16_t attr            # A_*
     int64_t disp             # sign-extended displacement, or moffs (zero-extended)

@@ -22,6 +22,8 @@ cdef extern from "decode_tables.h" nogil:
         uint8_t flags_read
         uint8_t flags_killed
         uint8_t disp8
+        uint8_t feature
+        uint8_t masked
     const uint16_t decode_root[12][256]
     const uint16_t decode_nodes[]
     const decode_leaf_t decode_leaves[]
@@ -413,6 +415,8 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
     out.flags_read = <uint8_t>read
     out.flags_killed = <uint8_t>killed
     out.imm_size = leaf.imm
+    out.feature = leaf.feature
+    out.masked = leaf.masked if aaa or leaf.masked & MASKED_VECTOR else 0
     out.mem_width = leaf.width
     out.attr = <uint16_t>attr
     out.disp = disp
@@ -423,6 +427,7 @@ cdef int decode(const uint8_t* code, int avail, int mode, Insn* out) noexcept no
 cdef int too_long(Insn* out, int avail) noexcept nogil:
     """The instruction goes on behind what may be read: behind 15 bytes, it is none."""
     out.cls = C_INVALID
+    out.feature = 0
     if avail < MAX_LENGTH:
         out.length = 0
         return 0
@@ -452,7 +457,7 @@ def decode_bytes(bytes code, int mode):
         "flags_read": insn.flags_read, "flags_killed": insn.flags_killed, "imm_size": insn.imm_size,
         "modrm_off": insn.modrm_off, "opcode_off": insn.opcode_off, "imm_off": insn.imm_off,
         "evex_p": (insn.evex_p[0], insn.evex_p[1], insn.evex_p[2]), "mem_width": insn.mem_width, "attr": insn.attr,
-        "disp": insn.disp, "imm": insn.imm,
+        "disp": insn.disp, "imm": insn.imm, "feature": insn.feature, "masked": insn.masked,
     }
 
 

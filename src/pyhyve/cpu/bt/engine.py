@@ -1,6 +1,6 @@
 """The software processor as an engine: see pyhyve.cpu.processor."""
 
-from pyhyve.cpu.bt.run import BtShared, BtVcpu, host_lacks
+from pyhyve.cpu.bt.run import BtShared, BtVcpu, host_has_avx512, host_lacks
 from pyhyve.cpu.processor import Capabilities
 
 
@@ -32,7 +32,16 @@ class Engine:
     name = "bt"
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(name="bt", ept_ad=True, ept_2m=True, ept_1g=True, max_vcpus=64, xcr0=7, notes=("pcid",))
+        avx512 = host_has_avx512()
+        return Capabilities(
+            name="bt",
+            ept_ad=True,
+            ept_2m=True,
+            ept_1g=True,
+            max_vcpus=64,
+            xcr0=0xE7 if avx512 else 7,
+            notes=("pcid", "avx512") if avx512 else ("pcid",),
+        )
 
     def unavailable(self) -> str | None:
         return host_lacks()

@@ -17,6 +17,7 @@ cdef inline Stub* new_stub(T* t, int kind, uint8_t* site) noexcept nogil:
     s.resume = NULL
     s.rip = 0
     s.poll = 0
+    s.masked = 0
     return s
 
 cdef inline void flags_save(T* t) noexcept nogil:

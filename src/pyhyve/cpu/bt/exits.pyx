@@ -7,7 +7,7 @@ from pyhyve.cpu.bt.codecache cimport ibt_hash
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.state cimport IBT_ENTRIES, Vcpu
-from pyhyve.cpu.bt.thunks cimport LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta
+from pyhyve.cpu.bt.thunks cimport LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
 
 cdef inline bint _linkable(T* t, uint64_t target) noexcept nogil:
@@ -106,7 +106,7 @@ cdef void emit_stubs(T* t) noexcept nogil:
                 e32(&t.e, <uint32_t>s.off)
                 lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
                 ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
-            call_rx(&t.e, t.c.miss)
+            call_rx(&t.e, t.c.masked if s.masked else t.c.miss)
             m = <MissMeta*>t.e.p
             m.rip = s.rip
             m.resume = <int32_t>(s.resume - t.e.p)
@@ -114,6 +114,8 @@ cdef void emit_stubs(T* t) noexcept nogil:
             m.access = <uint8_t>s.access
             m.bank = <uint8_t>s.index
             t.e.p += sizeof(MissMeta)
+            if s.masked:
+                put_mask(&t.e, s.masked, 0)
         elif s.kind == K_LINK:
             mov_imm(&t.e, H_T0, s.rip)
             call_rx(&t.e, t.c.link)

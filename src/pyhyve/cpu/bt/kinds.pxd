@@ -23,7 +23,7 @@ cdef inline bint is_vector(Insn* i) noexcept nogil:
     return True
 
 cdef inline bint is_opmask(Insn* i) noexcept nogil:
-    """AVX-512's mask registers, in VEX encoding: not reported to guests."""
+    """AVX-512's mask registers, in VEX encoding."""
     if i.enc != ENC_VEX:
         return False
     if i.map == 1:

@@ -9,6 +9,7 @@ from pyhyve.cpu.bt.debug cimport (
     DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
 )
 from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_STACK, Insn, decode
+from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
 from pyhyve.cpu.bt.shared cimport cpu_yield, set_in_guest
@@ -32,8 +33,10 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
         mode |= MODE_AC
     if v.cr0 & 0xC:
         mode |= MODE_NOFP
-    if v.cr4 & (1 << 18) and v.xcr0 & 4:
+    if v.cr4 & (1 << 18) and v.xcr0 & 4 and v.cr0 & 1 and not v.sysflags & F_VM:
         mode |= MODE_AVX
+        if v.xcr0 & 0xE0:
+            mode |= MODE_AVX512
     if v.cr4 & 4 and v.cpl == 3:
         mode |= MODE_TSD
     return mode | v.watch_key
@@ -50,7 +53,7 @@ cdef inline void _fault(Vcpu* v, uint32_t vector, int has_error) noexcept nogil:
 
 cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int bank, int slow, int* r) noexcept nogil:
     """Where an access over a page's end goes: host address (contiguous pages, or the bounce buffer); 0 with *r set."""
-    cdef uint64_t hva1, hva2, info1, info2
+    cdef uint64_t hva1, hva2, info1, info2, buffer
     cdef uint32_t first = 0x1000 - <uint32_t>(lin & 0xFFF)
     info1 = info2 = 0
     r[0] = mmu_page(v, lin, access, bank, &hva1, &info1)
@@ -71,13 +74,16 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     if access == ACCESS_WRITE and not slow:
         r[0] = R_SLOW
         return 0
-    bt_copy(v.bounce, <void*>hva1, first)
-    bt_copy(v.bounce + first, <void*>hva2, width - first)
+    # with the alignment of the guest's address, which some instructions check
+    buffer = bounce_of(v, lin)
+    bt_copy(<void*>buffer, <void*>hva1, first)
+    bt_copy(<void*>(buffer + first), <void*>hva2, width - first)
     if access == ACCESS_WRITE:
         v.bounce_lin = lin
         v.bounce_len = width
         v.bounce_bank = bank
-    return <uint64_t>v.bounce
+        v.bounce_mask = 0
+    return buffer
 
 
 cdef void _stack_fault(Vcpu* v, int access) noexcept nogil:
@@ -143,7 +149,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         return _leave_access(v, R_SLOW, group, access)
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
-        if hva and (not sub or access == ACCESS_READ and hva != <uint64_t>v.bounce):
+        if hva and (not sub or access == ACCESS_READ and hva != bounce_of(v, lin)):
             return hva - sub
         if hva:
             r = R_SLOW
@@ -158,6 +164,16 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
                 return hva
             r = R_SLOW
     return _leave_access(v, r, group, access)
+
+
+cdef uint64_t _h_masked(Vcpu* v, uint64_t lin, MaskMeta* m) noexcept nogil:
+    """An access under a mask, which no TLB entry allows as a whole."""
+    cdef int r = R_OK
+    cdef uint64_t hva
+    v.rip = m.miss.rip
+    v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.miss.resume
+    hva = masked_address(v, lin, m, &r)
+    return hva if hva else _leave_access(v, r, 0, m.miss.access)
 
 
 cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
@@ -184,7 +200,10 @@ cdef uint64_t _h_commit(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     """Behind a slow block's store: carry the bounce buffer out."""
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
     if v.bounce_len:
-        mmu_write(v, v.bounce_lin, v.bounce, v.bounce_len, <int>v.bounce_bank)
+        if v.bounce_mask:
+            masked_commit(v)
+        else:
+            mmu_write(v, v.bounce_lin, <void*>bounce_of(v, v.bounce_lin), v.bounce_len, <int>v.bounce_bank)
         v.bounce_len = 0
     return 1
 
@@ -214,7 +233,7 @@ cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
 
 
 cdef void loop_init(Cache* c) noexcept nogil:
-    make_thunks(c, _h_miss, _h_slow, _h_commit, _h_micro)
+    make_thunks(c, _h_miss, <miss_fn>_h_masked, _h_slow, _h_commit, _h_micro)
     cache_reset(c)
     c.vcpu.n.cache_flushes = 0
 

@@ -12,13 +12,14 @@ from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, u
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_events cimport *
 from pyhyve.cpu.bt.microcode_far cimport far_return, far_transfer
+from pyhyve.cpu.bt.microcode_gather cimport gather, gather_evex, scatter
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_segments cimport (
     arpl, group6, lar_lsl, load_far_pointer, load_segment, mov_sreg
 )
 from pyhyve.cpu.bt.microcode_strings cimport string_operation
 from pyhyve.cpu.bt.microcode_system cimport *
-from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, gather, group15, masked_store, xsavec
+from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, group15, masked_store, xsavec
 from pyhyve.cpu.bt.mmu cimport mmu_probe_write, mmu_read
 from pyhyve.cpu.bt.state cimport *
 
@@ -634,6 +635,10 @@ cdef int microcode(Vcpu* v, Insn* i) noexcept nogil:
                 return masked_store(v, i)
             if i.enc == ENC_VEX and i.map == 2 and 0x90 <= i.opcode <= 0x93:
                 return gather(v, i)
+            if i.enc == ENC_EVEX and i.map == 2 and 0x90 <= i.opcode <= 0x93:
+                return gather_evex(v, i)
+            if i.enc == ENC_EVEX and i.map == 2 and 0xA0 <= i.opcode <= 0xA3:
+                return scatter(v, i)
             return engine_error(v, i)
         if i.map == 0:
             return system0(v, i)

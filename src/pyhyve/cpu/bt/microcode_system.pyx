@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pyhyve.cpu.bt.debug cimport DR6_BD, DR7_GD, debug_update, note_port
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
+from pyhyve.cpu.bt.microcode_vector cimport init_components
 from pyhyve.cpu.bt.mmu cimport (mmu_flush_all, mmu_flush_nonglobal, mmu_flush_page, mmu_load_cr3, mmu_read, read_u16)
 from pyhyve.cpu.bt.state cimport *
 
@@ -279,6 +280,10 @@ cdef int xsetbv(Vcpu* v, Insn* i) noexcept nogil:
     if value & 6 == 4 or (value & 0xE0 and value & 0xE6 != 0xE6):
         return gp0(v)                             # AVX needs SSE; AVX-512's three parts go together, and need AVX
     v.xcr0 = value
+    if value & ~v.vector_state:
+        # from now on this state is the guest's: it begins in its initial configuration
+        init_components(v, value & ~v.vector_state)
+        v.vector_state |= value
     return advance(v, i)
 
 

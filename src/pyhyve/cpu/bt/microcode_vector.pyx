@@ -1,5 +1,5 @@
 # cython: language_level=3
-"""FXSAVE, XSAVE and their kin, FNSAVE and FNSTENV, MASKMOVQ and MASKMOVDQU, gathers.
+"""FXSAVE, XSAVE and their kin, FNSAVE and FNSTENV, MASKMOVQ and MASKMOVDQU.
 
 The guest's x87 and vector state is live in the host's registers while this runs, so the host's own instruction does
 the work, on a bounce buffer of ours; images from the guest are checked before, so that it cannot fault. Instruction
@@ -10,6 +10,7 @@ and data pointers of the x87 unit would be host addresses: they are cleared in e
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.decode cimport *
+from pyhyve.cpu.bt.hostregs cimport bt_get_mm, bt_get_xmm
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.mmu cimport bt_fill, mmu_probe_write, mmu_read, mmu_write
 from pyhyve.cpu.bt.state cimport *
@@ -39,36 +40,6 @@ cdef extern from *:
         __asm__ __volatile__("fnstsw %0" : "=a"(status));
         return status;
     }
-    #define BT_REG(insn, n) case n: __asm__ __volatile__(insn #n ", (%0)" : : "r"(at) : "memory"); break;
-    static inline void bt_get_xmm(int reg, uint64_t at) {
-        switch (reg) {
-        BT_REG("movups %%xmm", 0) BT_REG("movups %%xmm", 1) BT_REG("movups %%xmm", 2) BT_REG("movups %%xmm", 3)
-        BT_REG("movups %%xmm", 4) BT_REG("movups %%xmm", 5) BT_REG("movups %%xmm", 6) BT_REG("movups %%xmm", 7)
-        BT_REG("movups %%xmm", 8) BT_REG("movups %%xmm", 9) BT_REG("movups %%xmm", 10) BT_REG("movups %%xmm", 11)
-        BT_REG("movups %%xmm", 12) BT_REG("movups %%xmm", 13) BT_REG("movups %%xmm", 14) BT_REG("movups %%xmm", 15)
-        }
-    }
-    static inline void bt_get_ymm(int reg, uint64_t at) {
-        switch (reg) {
-        BT_REG("vmovdqu %%ymm", 0) BT_REG("vmovdqu %%ymm", 1) BT_REG("vmovdqu %%ymm", 2) BT_REG("vmovdqu %%ymm", 3)
-        BT_REG("vmovdqu %%ymm", 4) BT_REG("vmovdqu %%ymm", 5) BT_REG("vmovdqu %%ymm", 6) BT_REG("vmovdqu %%ymm", 7)
-        BT_REG("vmovdqu %%ymm", 8) BT_REG("vmovdqu %%ymm", 9) BT_REG("vmovdqu %%ymm", 10) BT_REG("vmovdqu %%ymm", 11)
-        BT_REG("vmovdqu %%ymm", 12) BT_REG("vmovdqu %%ymm", 13) BT_REG("vmovdqu %%ymm", 14) BT_REG("vmovdqu %%ymm", 15)
-        }
-    }
-    #define BT_SET(n) case n: __asm__ __volatile__("vmovdqu (%0), %%ymm" #n : : "r"(at) : "memory"); break;
-    static inline void bt_set_ymm(int reg, uint64_t at) {
-        switch (reg) {
-        BT_SET(0) BT_SET(1) BT_SET(2) BT_SET(3) BT_SET(4) BT_SET(5) BT_SET(6) BT_SET(7)
-        BT_SET(8) BT_SET(9) BT_SET(10) BT_SET(11) BT_SET(12) BT_SET(13) BT_SET(14) BT_SET(15)
-        }
-    }
-    static inline void bt_get_mm(int reg, uint64_t at) {
-        switch (reg) {
-        BT_REG("movq %%mm", 0) BT_REG("movq %%mm", 1) BT_REG("movq %%mm", 2) BT_REG("movq %%mm", 3)
-        BT_REG("movq %%mm", 4) BT_REG("movq %%mm", 5) BT_REG("movq %%mm", 6) BT_REG("movq %%mm", 7)
-        }
-    }
     static inline void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out) {
         __asm__ __volatile__("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(sub));
     }
@@ -89,10 +60,6 @@ cdef extern from *:
     void bt_ldmxcsr(uint64_t at) noexcept nogil
     void bt_stmxcsr(uint64_t at) noexcept nogil
     uint32_t bt_fnstsw() noexcept nogil
-    void bt_get_xmm(int reg, uint64_t at) noexcept nogil
-    void bt_get_ymm(int reg, uint64_t at) noexcept nogil
-    void bt_set_ymm(int reg, uint64_t at) noexcept nogil
-    void bt_get_mm(int reg, uint64_t at) noexcept nogil
     void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t* out) noexcept nogil
 
 cdef enum:
@@ -150,6 +117,15 @@ cdef inline uint64_t bounce(Vcpu* v) noexcept nogil:
 cdef inline void hide_pointers(uint64_t at) noexcept nogil:
     (<uint64_t*>(at + FIP))[0] = 0
     (<uint64_t*>(at + FIP + 8))[0] = 0
+
+
+cdef void init_components(Vcpu* v, uint64_t mask) noexcept nogil:
+    """Put state components into their initial configuration."""
+    cdef uint64_t at = bounce(v)
+    bt_fill(<void*>at, 0, EXTENDED)
+    (<uint16_t*>at)[0] = 0x37F
+    (<uint32_t*>(at + MXCSR))[0] = 0x1F80
+    bt_xrstor(at, mask)
 
 
 cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint64_t* lin) noexcept nogil:
@@ -400,54 +376,3 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
             if r != R_OK:
                 return r
     return advance(v, i)
-
-
-cdef int gather(Vcpu* v, Insn* i) noexcept nogil:
-    """VPGATHERDD/DQ/QD/QQ, VGATHERDPS/DPD/QPS/QPD (VEX, 0F 38 90-93): elements of reg from base + index * scale where
-    vvvv's elements have the sign bit. Elements are done from the lowest on, and each clears its mask: what a fault or an
-    exit leaves goes on there. Source: Intel SDM vol 2, "VPGATHERDD/VPGATHERQD"; vol 1, "Vector SIB (VSIB) Memory
-    Addressing"."""
-    cdef uint8_t dest[32]
-    cdef uint8_t mask[32]
-    cdef uint8_t index[32]
-    cdef bint wide = i.rex & 8                    # elements of 64 bits
-    cdef bint wide_index = i.opcode & 1
-    cdef uint32_t size = 8 if wide else 4
-    cdef uint32_t length = 32 if i.evex_p[1] & 4 else 16
-    cdef uint32_t n = length / (8 if wide or wide_index else 4)
-    cdef uint64_t base = <uint64_t>i.disp
-    cdef uint64_t offset, lin
-    cdef uint32_t k, done
-    cdef int r = R_OK
-    lin = 0
-    if not protected(v) or not v.cr4 & CR4_OSXSAVE or v.xcr0 & 6 != 6 or i.prefixes & P_66 == 0:
-        return undefined(v)
-    if i.reg == i.index or i.reg == i.vvvv or i.index == i.vvvv:
-        return undefined(v)
-    if v.cr0 & CR0_TS:
-        return fault(v, NM)
-    bt_get_ymm(i.reg & 15, <uint64_t>dest)
-    bt_get_ymm(i.vvvv & 15, <uint64_t>mask)
-    bt_get_ymm(i.index & 15, <uint64_t>index)
-    if i.base != REG_NONE:
-        base += v.gpr[i.base]
-    for k in range(n):
-        if mask[k * size + size - 1] & 0x80:
-            if wide_index:
-                offset = (<uint64_t*>index)[k]
-            else:
-                offset = <uint64_t><int64_t>(<int32_t*>index)[k]
-            offset = (base + offset * i.scale) & size_mask(i.addrsize)
-            r = linear(v, i.seg, offset, size, ACCESS_READ, &lin)
-            if r == R_OK:
-                r = mmu_read(v, lin, dest + k * size, size, v.bank)
-            if r != R_OK:
-                break
-        bt_fill(mask + k * size, 0, size)
-    if r == R_OK:
-        done = n * size
-        bt_fill(dest + done, 0, 32 - done)
-        bt_fill(mask, 0, 32)
-    bt_set_ymm(i.reg & 15, <uint64_t>dest)
-    bt_set_ymm(i.vvvv & 15, <uint64_t>mask)
-    return r if r != R_OK else advance(v, i)

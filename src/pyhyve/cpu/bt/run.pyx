@@ -19,6 +19,7 @@ from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport LEAVE_EXIT, LEAVE_FAULT
 
 from pyhyve.base.errors import HostError
+from pyhyve.cpu.bt.features import feature_mask
 from pyhyve.cpu.processor import Segment as SegmentValue
 
 cdef extern from *:
@@ -34,18 +35,18 @@ cdef extern from *:
     #include <ucontext.h>
     #include <unistd.h>
 
-    /* Run `fn(v)` with GS at v and the guest's x87, SSE and AVX state in the registers. */
+    /* Run `fn(v)` with GS at v and the guest's x87 and vector state (the components of *state) in the registers. */
     __attribute__((target("general-regs-only"), noinline))
-    static int bt_guest(void *v, void *area, int (*fn)(void *)) {
+    static int bt_guest(void *v, void *area, int (*fn)(void *), const unsigned long *state) {
         unsigned mxcsr;
         unsigned short fcw;
         int r;
         __asm__ __volatile__("stmxcsr %0" : "=m"(mxcsr));
         __asm__ __volatile__("fnstcw %0" : "=m"(fcw));
         __asm__ __volatile__("wrgsbase %0" : : "r"(v));
-        __asm__ __volatile__("xrstor64 (%0)" : : "r"(area), "a"(7), "d"(0) : "memory");
+        __asm__ __volatile__("xrstor64 (%0)" : : "r"(area), "a"((unsigned)*state), "d"(0) : "memory");
         r = fn(v);
-        __asm__ __volatile__("xsave64 (%0)" : : "r"(area), "a"(7), "d"(0) : "memory");
+        __asm__ __volatile__("xsave64 (%0)" : : "r"(area), "a"((unsigned)*state), "d"(0) : "memory");
         __asm__ __volatile__("vzeroupper; fninit; fldcw %0" : : "m"(fcw));
         __asm__ __volatile__("ldmxcsr %0" : : "m"(mxcsr));
         __asm__ __volatile__("cld");
@@ -156,7 +157,7 @@ cdef extern from *:
     static void bt_free_pages(void *p, unsigned long long size) { munmap(p, size); }
 
     static int bt_host_ok(void) {
-        /* bit 0: FSGSBASE in user mode; bit 1: BMI1 and BMI2; bit 2: AVX and XSAVE */
+        /* bit 0: FSGSBASE in user mode; bit 1: BMI1 and BMI2; bit 2: AVX and XSAVE; bit 3: AVX-512 */
         int ok = 0;
         if (getauxval(AT_HWCAP2) & 2)
             ok |= 1;
@@ -164,14 +165,23 @@ cdef extern from *:
             ok |= 2;
         if (__builtin_cpu_supports("avx"))
             ok |= 4;
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl"))
+            ok |= 8;
         return ok;
+    }
+    static unsigned long long bt_host_state(void) {
+        unsigned lo, hi;
+        __asm__ __volatile__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+        return (unsigned long long)hi << 32 | lo;
     }
     static void bt_kick(unsigned char *kick, unsigned char *poll) {
         __atomic_store_n(kick, 1, __ATOMIC_SEQ_CST);
         __atomic_store_n(poll + 7, 0x40, __ATOMIC_SEQ_CST);
     }
     """
-    int bt_guest(void* v, void* area, int (*fn)(void*) noexcept nogil) noexcept nogil
+    int bt_guest(void* v, void* area, int (*fn)(void*) noexcept nogil, const uint64_t* state) noexcept nogil
     void (*bt_fixup)(void*, int, uint64_t*, uint64_t*, uint64_t*) noexcept nogil
     int bt_signals() noexcept nogil
     int bt_register(void* cache, uint64_t lo, uint64_t hi) noexcept nogil
@@ -181,6 +191,7 @@ cdef extern from *:
     void* bt_pages(uint64_t size) noexcept nogil
     void bt_free_pages(void* p, uint64_t size) noexcept nogil
     int bt_host_ok() noexcept nogil
+    uint64_t bt_host_state() noexcept nogil
     void bt_kick(uint8_t* kick, uint8_t* poll) noexcept nogil
 
 
@@ -214,6 +225,9 @@ _GPR = {name: index for index, name in enumerate((
 _SEG = {name: index for index, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr"))}
 
 cdef enum:
+    BASE_STATE = 7          # x87, SSE, AVX
+    AVX512_STATE = 0xE0
+
     POOL = 262144           # blocks
     PAGES = 65536           # guest pages that hold code
     HASH = 65536
@@ -230,6 +244,11 @@ def host_lacks():
     if not ok & 4:
         return "the host's processor lacks AVX, or its kernel does not enable it"
     return None
+
+
+def host_has_avx512():
+    """The host has AVX-512 as processors of servers have it (F, BW, CD, DQ and VL), and its kernel enables it."""
+    return bt_host_ok() & 8 != 0 and bt_host_state() & AVX512_STATE == AVX512_STATE
 
 
 cdef class BtShared:
@@ -365,6 +384,7 @@ cdef class BtVcpu:
         self.v.cache = self.c
         self.v.vcpu_id = vcpu_id
         self.v.maxphyaddr = 46
+        self.v.features = feature_mask(())
         self.v.tlb_mask = (TLB_ENTRIES - 1) << 12
         self.v.ibt_mask = 0x1FFF
         self.v.page_mask = ~<uint64_t>0xFFF
@@ -432,6 +452,7 @@ cdef class BtVcpu:
         v.cr0 = 0x60000010
         v.cr2 = v.cr3 = v.cr4 = v.cr8 = v.efer = 0
         v.xcr0 = 1
+        v.vector_state = BASE_STATE
         for i in range(8):
             v.dr[i] = 0
         v.dr[6] = 0xFFFF0FF0
@@ -455,7 +476,7 @@ cdef class BtVcpu:
         cdef Vcpu* v = self.v
         self.running = True
         with nogil:
-            r = bt_guest(v, self.area, <int (*)(void*) noexcept nogil>loop_run)
+            r = bt_guest(v, self.area, <int (*)(void*) noexcept nogil>loop_run, &v.vector_state)
         self.running = False
         return r
 
@@ -536,7 +557,9 @@ cdef class BtVcpu:
         elif name == "efer":
             v.efer = value
             mmu_flush_all(v)
-        elif name == "xcr0": v.xcr0 = value
+        elif name == "xcr0":
+            v.xcr0 = value
+            v.vector_state |= value & AVX512_STATE & bt_host_state()
         elif name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"):
             v.dr[int(name[2])] = value
             debug_update(v)
@@ -585,15 +608,18 @@ cdef class BtVcpu:
         t.limit = limit
 
     def get_xsave(self):
-        return (<char*>self.area)[:832]
+        return (<char*>self.area)[: 2696 if self.v.vector_state & AVX512_STATE else 832]
 
     def set_xsave(self, bytes area):
         cdef uint64_t* header
         if len(area) < 832:
             raise ValueError("the XSAVE area must have at least 832 bytes")
-        memcpy(self.area, <char*>area, 832)
+        memset(self.area, 0, 4096)
+        memcpy(self.area, <char*>area, min(len(area), 4096))
         header = <uint64_t*>(<char*>self.area + 512)
-        header[0] &= 7
+        if header[0] & AVX512_STATE and bt_host_state() & AVX512_STATE == AVX512_STATE:
+            self.v.vector_state |= AVX512_STATE
+        header[0] &= self.v.vector_state
         header[1] = 0
         memset(<char*>self.area + 528, 0, 48)
         (<uint32_t*>self.area)[6] &= 0xFFFF
@@ -643,6 +669,7 @@ cdef class BtVcpu:
             free(self.v.cpuid)
         self.v.cpuid = table
         self.v.n_cpuid = n
+        self.v.features = feature_mask(entries)
 
     def set_ept(self, uint64_t eptp, uint64_t generation):
         if eptp != self.v.eptp or generation != self.v.eptgen:

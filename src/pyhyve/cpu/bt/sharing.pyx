@@ -41,7 +41,7 @@ cdef void _note(T* t, int n, int k, int base, int32_t disp, uint32_t width, int 
 cdef void _note_operand(T* t, int n, int write) noexcept nogil:
     """The memory operand of instruction n, if it is of the form [base + displacement]."""
     cdef Insn* i = &t.insns[n]
-    if i.base > 15 or special(i.base) or i.index != REG_NONE or i.addrsize != 8 or i.mem_width == 0:
+    if i.masked or i.base > 15 or special(i.base) or i.index != REG_NONE or i.addrsize != 8 or i.mem_width == 0:
         return
     if i.attr & (A_MOFFS | A_BITOFF | A_NO_ACCESS) or i.seg == SEG_FS or i.seg == SEG_GS or i.mem_width > 64:
         return

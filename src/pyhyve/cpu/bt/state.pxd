@@ -242,6 +242,8 @@ cdef struct Vcpu:
     uint64_t sysenter_eip
     uint64_t tsc_aux
     uint64_t pat
+    uint64_t features            # FT_* of decode.pxd that CPUID reports
+    uint64_t vector_state        # XSAVE components that are loaded for the guest and saved behind it
     # pending exception of the instruction being executed (R_FAULT)
     uint32_t fault_vector
     uint32_t fault_has_error
@@ -283,12 +285,13 @@ cdef struct Vcpu:
     uint64_t bounce_lin          # pending bounced store of a slow instruction
     uint64_t bounce_len
     uint64_t bounce_bank
+    uint64_t bounce_mask         # bytes of it that are stored; 0: all
     uint64_t ept_cache_tag[256]  # gpa >> 12 | 1 of recent EPT walks
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
     uint64_t ibt[BANKS * IBT_ENTRIES]     # host code addresses by linear target
     TlbEntry tlb[BANKS * TLB_ENTRIES]
-    uint8_t bounce[256]
+    uint8_t bounce[704]
     uint8_t xsave_area[4096 + 64]         # guest vector state while out of generated code (aligned by user)
     uint8_t xsave_bounce[4096 + 64]
 

@@ -6,6 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport Cache
 from pyhyve.cpu.bt.decode cimport Insn
+from pyhyve.cpu.bt.emit cimport Emit, e2
 from pyhyve.cpu.bt.state cimport Vcpu
 
 cdef enum:
@@ -33,6 +34,13 @@ ctypedef packed struct MissMeta:    # behind a call of the miss, slow or commit 
     uint8_t access
     uint8_t bank
 
+ctypedef packed struct MaskMeta:    # behind a call of the masked thunk
+    MissMeta miss
+    uint8_t masked          # Insn.masked
+    uint8_t register        # the opmask register, or the vector of the mask
+    uint8_t slow            # in a slow block
+    uint8_t pad
+
 ctypedef packed struct MicroMeta:   # behind a call of the micro thunk
     uint64_t rip
     int32_t resume
@@ -44,4 +52,10 @@ ctypedef uint64_t (*miss_fn)(Vcpu*, uint64_t, MissMeta*) noexcept nogil
 ctypedef uint64_t (*micro_fn)(Vcpu*, MicroMeta*) noexcept nogil
 
 # Generate the fixed entry and exit code at the start of the cache.
-cdef void make_thunks(Cache* c, miss_fn miss, miss_fn slow, miss_fn commit, micro_fn micro) noexcept nogil
+cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
+                      micro_fn micro) noexcept nogil
+
+cdef inline void put_mask(Emit* e, uint32_t masked, uint32_t slow) noexcept nogil:
+    """The part of MaskMeta behind MissMeta."""
+    e2(e, masked & 0xFF, masked >> 8)
+    e2(e, slow, 0)

@@ -81,7 +81,8 @@ cdef uint8_t* _helper_thunk(Cache* c, Emit* e, void* function, int lin, int relo
     return at
 
 
-cdef void make_thunks(Cache* c, miss_fn miss, miss_fn slow, miss_fn commit, micro_fn micro) noexcept nogil:
+cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
+                      micro_fn micro) noexcept nogil:
     """Generate the fixed entry and exit code at the start of the cache."""
     cdef Emit e
     cdef int i
@@ -130,6 +131,7 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn slow, miss_fn commit, micr
     mov_imm(&e, H_T1, LEAVE_MICRO)
     jmp_rx(&e, c.leave)
     c.miss = _helper_thunk(c, &e, <void*>miss, 1, 0)
+    c.masked = _helper_thunk(c, &e, <void*>masked, 1, 0)
     c.slow = _helper_thunk(c, &e, <void*>slow, 1, 0)
     c.commit = _helper_thunk(c, &e, <void*>commit, 1, 0)
     c.micro = _helper_thunk(c, &e, <void*>micro, 0, 1)

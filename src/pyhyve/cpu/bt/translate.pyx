@@ -32,7 +32,7 @@ instructions), exits (the cold part), thunks (what the cold part calls).
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT, MODE_SLOW,
+    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT, MODE_SLOW,
     Block, Cache,
     block_new, cache_room, ibt_hash,
 )
@@ -52,6 +52,20 @@ from pyhyve.cpu.bt.system cimport emit_system
 
 cdef enum:
     MAX_JCC = 4             # conditional branches that a block goes on behind
+
+
+cdef bint undefined_here(Vcpu* v, Insn* i, uint64_t mode) noexcept nogil:
+    """An instruction that CPUID does not report, or whose registers the guest has not enabled."""
+    cdef int feature = i.feature & (V_LENGTH - 1)
+    if not v.features >> feature & 1:
+        if feature != FT_LZCNT and (feature != FT_BMI1 or i.enc != ENC_LEGACY):
+            return True
+        i.prefixes &= ~<uint8_t>P_F3             # LZCNT and TZCNT are BSR and BSF there
+    if i.feature & V_LENGTH and not v.features >> FT_AVX512VL & 1:
+        return True
+    if i.enc == ENC_EVEX or is_opmask(i):
+        return not mode & MODE_AVX512
+    return i.enc == ENC_VEX and not mode & MODE_AVX and is_vector(i)
 
 
 cdef void _entries(T* t) noexcept nogil:
@@ -136,9 +150,9 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         n = decode(joined, 15, t.size, &t.insns[0])
         if n > avail:
             t.straddle = 1
-        if n <= 0:
+        if n <= 0 or undefined_here(v, &t.insns[0], mode):
             t.insns[0].cls = C_INVALID
-            n = 1
+            n = n if n > 0 else 1
         t.rips[0] = rip
         t.n = 1
         t.insns[0].length = <uint8_t>n
@@ -158,7 +172,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                 i.cls = C_INVALID
                 i.length = 15
                 n = 15
-            if i.enc == ENC_EVEX or is_opmask(i) or (i.enc == ENC_VEX and not mode & MODE_AVX and is_vector(i)):
+            if (i.feature or i.enc) and undefined_here(v, i, mode):
                 i.cls = C_INVALID
             t.rips[t.n] = pc
             t.n += 1
