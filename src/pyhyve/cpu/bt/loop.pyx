@@ -12,7 +12,7 @@ from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_STACK, I
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
-from pyhyve.cpu.bt.shared cimport cpu_yield, set_in_guest
+from pyhyve.cpu.bt.shared cimport give_back, set_in_guest, spin_yield
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport *
 
@@ -219,7 +219,7 @@ cdef uint64_t _h_micro(Vcpu* v, MicroMeta* m) noexcept nogil:
         # PAUSE: the vCPU that is waited for may have no host processor
         (<Cache*>v.cache).pauses += 1
         if ((<Cache*>v.cache).pauses & 31) == 0:
-            cpu_yield()
+            spin_yield((<Cache*>v.cache).shared)
     r = microcode(v, &m.insn)
     if r != R_OK:
         v.leave_reason = LEAVE_EXIT if r == R_EXIT else LEAVE_FAULT
@@ -483,6 +483,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 r = R_FAULT
             else:
                 r = microcode(v, &insn)
+                if insn.opcode == 0xCF and insn.map == 0 and c.shared.n_vcpus > 1:
+                    # IRET: what another vCPU spins for may just have been done
+                    give_back(c.shared)
                 if insn.cls == C_BRANCH and (0xCC <= insn.opcode <= 0xCE or insn.opcode == 0xF1 or insn.map == 1):
                     # INT and its kin save TF; SYSCALL and SYSRET are stepped by the TF that they leave
                     if insn.opcode != 0x34 and insn.opcode != 0x35:

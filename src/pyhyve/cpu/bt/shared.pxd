@@ -36,6 +36,7 @@ cdef struct Inbox:
 cdef struct Shared:
     uint32_t lock
     uint32_t n_vcpus
+    uint32_t yielding       # vCPUs that wait in PAUSE and have given up their host processor
     Inbox* inboxes[SHARED_VCPUS]
     uint64_t n_pages
     SharedPage pages[SHARED_PAGES]
@@ -55,3 +56,6 @@ cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
 cdef void cpu_relax() noexcept nogil
 # Let another thread of the host run: what this one waits for may be waiting for its processor.
 cdef void cpu_yield() noexcept nogil
+# The same for a vCPU that spins; another gives its processor back as soon as it has done what may be waited for.
+cdef void spin_yield(Shared* s) noexcept nogil
+cdef void give_back(Shared* s) noexcept nogil

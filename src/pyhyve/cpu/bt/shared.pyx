@@ -16,6 +16,7 @@ cdef extern from *:
     static inline uint32_t bt_load32(uint32_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline uint64_t bt_load64(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void bt_store8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline void bt_add32(uint32_t *p, uint32_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
     static inline void bt_pause(void) { __builtin_ia32_pause(); }
     /* sched_yield without the C library: the guest's vector state is live */
     static inline void bt_yield(void) {
@@ -29,6 +30,7 @@ cdef extern from *:
     uint32_t bt_load32(uint32_t* p) noexcept nogil
     uint64_t bt_load64(uint64_t* p) noexcept nogil
     void bt_store8(uint8_t* p, uint8_t v) noexcept nogil
+    void bt_add32(uint32_t* p, uint32_t v) noexcept nogil
     void bt_pause() noexcept nogil
     void bt_yield() noexcept nogil
 
@@ -149,3 +151,14 @@ cdef void cpu_relax() noexcept nogil:
 
 cdef void cpu_yield() noexcept nogil:
     bt_yield()
+
+
+cdef void spin_yield(Shared* s) noexcept nogil:
+    bt_add32(&s.yielding, 1)
+    bt_yield()
+    bt_add32(&s.yielding, 0xFFFFFFFF)
+
+
+cdef void give_back(Shared* s) noexcept nogil:
+    if bt_load32(&s.yielding):
+        bt_yield()
