@@ -10,6 +10,10 @@ from processes import BenchError
 
 SOURCES: Final = Path(__file__).resolve().parent / "guest"
 COMPILER: Final = "gcc"
+_FLAT: Final = (
+    "-O2", "-ffreestanding", "-fno-pic", "-no-pie", "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector",
+    "-fno-asynchronous-unwind-tables", "-nostdlib", "-static", "-Wl,--oformat=binary", "-Wl,--build-id=none",
+)  # fmt: skip
 _STATIC: Final = ("-O2", "-static", "-march=x86-64", "-ffp-contract=off")
 
 
@@ -18,11 +22,19 @@ def compile_static(name: str, directory: Path, options: tuple[str, ...] = ()) ->
 
     For the oldest x86-64, so that host, pyhyve and QEMU run the same instructions.
     """
+    return _compile(name, directory / name, (*_STATIC, *options))
+
+
+def compile_flat(name: str, directory: Path) -> Path:
+    """Compile guest/<name>.c, laid out by guest/<name>.ld, to a flat image in `directory`; return its path."""
+    return _compile(name, directory / f"{name}.bin", (*_FLAT, f"-Wl,-T,{SOURCES / name}.ld"))
+
+
+def _compile(name: str, program: Path, options: tuple[str, ...]) -> Path:
     compiler = shutil.which(COMPILER)
     if compiler is None:
         raise BenchError(f"{name}: needs a C compiler; install it: sudo apt-get install {COMPILER} libc6-dev")
-    program = directory / name
-    command = [compiler, *_STATIC, *options, "-o", str(program), str(SOURCES / f"{name}.c")]
+    command = [compiler, *options, "-o", str(program), str(SOURCES / f"{name}.c")]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(f"{name}: {COMPILER} cannot compile it (is libc6-dev installed?)", done.stderr.rstrip())

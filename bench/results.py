@@ -158,7 +158,9 @@ def table(rows: Sequence[Row], samples: Mapping[str, Samples], speedups: Speedup
     """Return the rows for a person: seconds, ratios beside their targets, and the largest spread of a side."""
     runs = rows[0].runs if rows else len(speedups.serial["pyhyve"]) if speedups is not None else 0
     title = f"seconds (medians of {runs}); ratios of pyhyve's to the others', smaller is better"
-    drawn = Table(title=title, title_justify="left", caption_justify="left", box=box.HORIZONTALS)
+    drawn = Table(
+        title=title, title_justify="left", caption_justify="left", box=box.HORIZONTALS, show_edge=False, pad_edge=False
+    )
     drawn.add_column("", min_width=9, no_wrap=True)
     for heading in ("pyhyve", "QEMU", "native", "vs QEMU", "target", "vs native", "spread"):
         drawn.add_column(heading, justify="right", no_wrap=True)

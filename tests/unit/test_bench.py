@@ -20,12 +20,15 @@ sys.path.insert(0, str(BENCH))
 
 import console  # noqa: E402 - these are found by the path above
 import devices  # noqa: E402
+import engine  # noqa: E402
 import guests  # noqa: E402
 import results  # noqa: E402
 from console import Measured, parse, workload_started  # noqa: E402
 from processes import BenchError, Finished, Line, Signals, run_to_end  # noqa: E402
 from results import Samples, Speedups, geometric_mean, make_row, report, write_json  # noqa: E402
 from run import parse_arguments  # noqa: E402
+
+from pyhyve.bhyve.boot.multiboot import find_header  # noqa: E402
 
 DIGEST = "0123456789abcdef0123456789abcdef"
 MACHINE = dict.fromkeys(("date", "cpu", "cpus", "kernel", "guest", "qemu", "python", "load"), "?")
@@ -365,3 +368,52 @@ def test_processor_time_is_that_of_all_threads() -> None:
     while time.thread_time() - start < 0.05:
         pass
     assert 0.04 < devices.cpu_seconds(os.getpid()) - before < 5
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+def engine_lines(seconds: float, **changed: str) -> list[Line]:
+    """What the engine's guest prints, on a processor of 1 GHz: 10 operations of each kind, 1,000 cycles in all."""
+    texts = {name: f"M {name} 10 1000\r" for name in (*engine.NAMES, "wait")} | {"wait": "M wait 10 400\r"} | changed
+    cycles = round(seconds * 1e9)
+    return [
+        Line(1.0, "SeaBIOS\x1b[2JSTART\r"),
+        *(Line(1.0, text) for text in texts.values()),
+        Line(3.0, f"END {cycles}\r"),
+    ]
+
+
+def test_an_operation_takes_its_part_of_the_loop_and_halting_is_taken_off() -> None:
+    measured = engine.parse(Finished(4.0, 33, engine_lines(2.0)), 1e9)
+    assert measured["syscall"] == pytest.approx(100.0)
+    assert measured["ipi_halted"] == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "changed", "fault"),
+    [
+        (33, 2.6, {}, "2.600 s by the guest's clock, 2.000 s by the host's"),
+        (1, 2.0, {}, "did not get to its end (exit status 1)"),
+        (33, 2.0, {"syscall": ""}, "syscall: not measured"),
+        (33, 2.0, {"syscall": "UNEXPECTED exception 6 0"}, "something unexpected: UNEXPECTED exception 6 0"),
+    ],
+)
+def test_a_guest_of_the_engine_that_is_not_whole_is_an_error(
+    status: int, seconds: float, changed: dict[str, str], fault: str
+) -> None:
+    with pytest.raises(BenchError, match=re.escape(fault)):
+        engine.parse(Finished(4.0, status, engine_lines(seconds, **changed)), 1e9)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, which compiles the guest, is not installed")
+def test_the_guest_of_the_engine_is_a_multiboot_image(tmp_path: Path) -> None:
+    header = find_header(guests.compile_flat("engine", tmp_path).read_bytes())
+    assert header is not None
+    assert (header.offset, header.load_addr, header.header_addr) == (0, 0x100000, 0x100000)
+
+
+def test_what_the_engine_measures_is_documented() -> None:
+    text = (BENCH.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    section = text.partition("## Single operations")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \| [\d,.]+ \| [\d,.]+ \|", section, re.MULTILINE) == list(engine.NAMES)
