@@ -509,7 +509,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             continue
         else:
             update_bank(v)
-        if r == R_OK and step:
+        if r == R_OK and step and v.shadow != SHADOW_SS:
             v.db_pending |= DR6_BS
         if r == R_FAULT:
             v.db_pending = 0

@@ -319,11 +319,18 @@ cdef int event_interrupt(Vcpu* v, uint32_t vector, bint software, bint has_error
 
 cdef int software_interrupt(Vcpu* v, Insn* i, uint32_t vector) noexcept nogil:
     """INT n, INT3, INTO, INT1; only INT1 passes gates whose DPL is less than CPL."""
+    cdef uint64_t pending = v.db_pending & 15
+    cdef int r
     if v.sysflags & F_VM and i.opcode == 0xCD and iopl(v) < 3:
         return gp0(v)
-    if i.opcode == 0xF1:
+    r = deliver(v, vector, i.opcode != 0xF1, False, 0, next_rip(v, i), get_rflags(v))
+    if i.opcode == 0xF1 and r == R_OK:
         v.dr[7] &= ~<uint64_t>DR7_GD
-    return deliver(v, vector, i.opcode != 0xF1, False, 0, next_rip(v, i), get_rflags(v))
+        if pending:
+            # what MOV SS held back comes with it
+            v.dr[6] = (v.dr[6] & ~<uint64_t>15) | pending
+            v.db_pending &= ~pending
+    return r
 
 
 cdef void load_flags(Vcpu* v, uint64_t flags, uint32_t size) noexcept nogil:
