@@ -363,6 +363,174 @@ def test_virtual_8086_needs_iopl_3() -> None:
         assert m.p.fault() == (GP, 0)
 
 
+VIF, VIP, IOPL, VME, PVI = 1 << 19, 1 << 20, 0x3000, 1, 2
+IO_MAP = 0x88
+
+
+def virtual(flags: int, cr4: int = VME) -> Machine:
+    """A virtual-8086 program at 1000:100 with its stack at 2000:1000, and a redirection bitmap of ones."""
+    m = Machine(32)
+    for n, name in enumerate(("es", "cs", "ss", "ds", "fs", "gs")):
+        at = {"cs": 0x1000, "ss": 0x2000}.get(name, 0x3000 + n)
+        m.segment(name, at, at << 4, 0xFFFF, 0xF3)
+    m.p.set(rflags=2 | VM | flags, cpl=3, rip=0x100, rsp=0x1000, cr4=cr4)
+    m.p.poke(TSS + 0x66, struct.pack("<H", IO_MAP))
+    m.p.poke(TSS + IO_MAP - 32, b"\xff" * 32)
+    return m
+
+
+def real(m: Machine, source: str) -> int:
+    """A 16-bit instruction: the Machine would assemble for 32 bits."""
+    result: int = m.p.run(asm.assemble(source, 0, 16))
+    return result
+
+
+@pytest.mark.parametrize(("source", "before", "after"), [("cli", VIF, 0), ("sti", 0, VIF), ("cli", VIF | VIP, VIP)])
+def test_cli_and_sti_work_on_the_virtual_flag(source: str, before: int, after: int) -> None:
+    m = virtual(before | IF)
+    assert real(m, source) == probe.OK
+    assert (m.rflags, m.rip, m.shadow) == (2 | VM | IF | after, 0x101, 0)
+    assert real(virtual(before | IF, 0), source) == probe.FAULT, "CR4.VME is clear"
+    m = virtual(before | IF | IOPL)
+    assert real(m, source) == probe.OK
+    assert m.rflags & (VIF | IF) == before & VIF | (IF if source == "sti" else 0), "IOPL 3: the real flag"
+    user = Machine(32, cpl=3)
+    user.p.set(rflags=2 | before, cr4=PVI)
+    user.ok(source)
+    assert user.rflags == 2 | after
+    user.p.set(cr4=VME)
+    assert user.run(source) == probe.FAULT
+
+
+def test_a_pending_virtual_interrupt_faults_where_the_flag_would_be_set() -> None:
+    for source in ("sti", "popf", "iret"):
+        m = virtual(VIP)
+        m.p.poke(0x21000, struct.pack("<3H", IF if source == "popf" else 0x111, 0x1000, IF))
+        assert m.p.run(asm.assemble(source, 0, 16)) == probe.FAULT
+        assert m.p.fault() == (GP, 0)
+        assert m.rsp == 0x1000
+
+
+def test_pushf_and_popf_see_the_virtual_flag() -> None:
+    m = virtual(VIF | CF)
+    assert real(m, "pushf") == probe.OK
+    assert m.words(0x20FFE, 1, 2) == (2 | CF | IF | IOPL,)
+    m = virtual(IF)
+    assert real(m, "pushf") == probe.OK
+    assert m.words(0x20FFE, 1, 2) == (2 | IOPL,)
+    m = virtual(0)
+    m.p.poke(0x21000, struct.pack("<H", IF | IOPL | ZF | NT))
+    assert real(m, "popf") == probe.OK
+    assert m.rflags == 2 | VM | VIF | ZF | NT
+    m = virtual(0)
+    m.p.poke(0x21000, struct.pack("<H", TF))
+    assert real(m, "popf") == probe.FAULT
+    for source in ("pushfd", "popfd"):
+        assert real(virtual(0), source) == probe.FAULT
+
+
+def test_iret_loads_the_virtual_flag() -> None:
+    m = virtual(IF)
+    m.p.poke(0x21000, struct.pack("<3H", 0x234, 0x4000, IF | CF))
+    assert real(m, "iret") == probe.OK
+    assert (m.rip, m.cs, m.rsp, m.rflags) == (0x234, 0x4000, 0x1006, 2 | VM | IF | VIF | CF)
+    assert real(virtual(0), "iretd") == probe.FAULT
+
+
+def test_int_is_redirected_where_the_bitmap_says_so() -> None:
+    m = virtual(VIF | IF | CF)
+    m.p.poke(0x21 * 4, struct.pack("<HH", 0x1234, 0x5678))
+    m.p.poke(TSS + IO_MAP - 32 + 4, b"\xfd")
+    assert real(m, "int 0x21") == probe.OK
+    assert (m.rip, m.cs, m.rsp, m.rflags) == (0x1234, 0x5678, 0xFFA, 2 | VM | IF | CF)
+    assert m.words(0x20FFA, 3, 2) == (0x102, 0x1000, 2 | IF | IOPL | CF)
+    m = virtual(IOPL | IF | VIF)
+    m.p.poke(0x21 * 4, struct.pack("<HH", 0x1234, 0x5678))
+    m.p.poke(TSS + IO_MAP - 32 + 4, b"\xfd")
+    assert real(m, "int 0x21") == probe.OK
+    assert (m.rip, m.rflags) == (0x1234, 2 | VM | IOPL | VIF)
+    assert m.words(0x20FFA, 3, 2) == (0x102, 0x1000, 2 | IF | IOPL)
+
+
+def test_int_is_not_redirected_where_the_bitmap_has_a_one() -> None:
+    m = virtual(VIF)
+    assert real(m, "int 0x21") == probe.FAULT
+    assert m.p.fault() == (GP, 0)
+    m = virtual(IOPL)
+    m.gate(0x21, 0xEE)
+    assert real(m, "int 0x21") == probe.OK
+    assert (m.rip, m.cs, m.cpl) == (HANDLER, KCODE32, 0)
+    m = virtual(0)
+    m.p.poke(TSS + 0x66, struct.pack("<H", 0x3000))
+    assert real(m, "int 0x21") == probe.FAULT, "the bitmap is beyond the TSS's limit"
+    m = virtual(VIF)
+    m.gate(3, 0xEE)
+    assert real(m, "int3") == probe.OK, "neither IOPL nor the bitmap matters"
+    assert m.cpl == 0
+
+
+AMD, INTEL = (0x68747541, 0x444D4163, 0x69746E65), (0x756E6547, 0x6C65746E, 0x49656E69)
+
+
+def vendor(m: Machine, name: tuple[int, int, int]) -> None:
+    m.p.set_cpuid([(0, None, 1, *name), (1, None, 0, 0, 0, 0)])
+
+
+def test_syscall_outside_of_64_bit_mode_is_amds() -> None:
+    for name, works in ((AMD, True), (INTEL, False)):
+        m = Machine(cpl=3)
+        vendor(m, name)
+        m.segment("cs", UCODE32 | 3, 0, 0xFFFFFFFF, 0xC0FB)
+        m.p.set(star=KCODE << 32 | 0x18 << 48, cstar=0xFFFF800000001000, lstar=5, sfmask=IF, rflags=2 | IF | CF)
+        assert m.p.run(b"\x0f\x05") == (probe.OK if works else probe.FAULT)
+        if works:
+            assert m.get("rip", "rcx", "r11", "cs", "ss") == (
+                0xFFFF800000001000, CODE + 2, 2 | IF | CF, KCODE, KDATA,
+            )  # fmt: skip
+            assert (m.rflags, m.cpl) == (2 | CF, 0)
+            m.p.set(rcx=0x1234)
+            assert m.p.run(b"\x0f\x07") == probe.OK
+            assert (m.rip, m.cs, m.cpl, m.rflags) == (0x1234, 0x1B, 3, 2 | IF | CF)
+        else:
+            assert m.p.fault() == (UD, None)
+
+
+def test_syscall_in_legacy_mode() -> None:
+    m = Machine(32, cpl=3)
+    vendor(m, AMD)
+    m.p.set(efer=1, star=0x123456 | KCODE32 << 32 | 0x18 << 48, rflags=2 | IF)
+    assert m.p.run(b"\x0f\x05") == probe.OK
+    assert m.get("rip", "rcx", "cs", "cs.attr", "cpl", "rflags") == (0x123456, CODE + 2, KCODE32, 0xC09B, 0, 2)
+    m.ok("sysret")
+    assert m.get("rip", "cs", "cpl", "rflags") == (CODE + 2, 0x1B, 3, 2 | IF)
+
+
+def test_sysret_to_a_bad_address_faults_at_the_target_on_amd(m: Machine) -> None:
+    vendor(m, AMD)
+    m.p.set(rcx=1 << 50, r11=2, star=0x18 << 48)
+    m.ok("sysretq")
+    assert (m.rip, m.cpl) == (1 << 50, 3)
+    vendor(m, INTEL)
+    m.ring(0)
+    assert m.run("sysretq") == probe.FAULT
+
+
+def test_sysenter_in_long_mode_is_intels(m: Machine) -> None:
+    m.p.set(sysenter_cs=KCODE)
+    vendor(m, AMD)
+    for code in (b"\x0f\x34", b"\x0f\x35"):
+        assert m.p.run(code) == probe.FAULT
+        assert m.p.fault() == (UD, None)
+    vendor(m, INTEL)
+    m.ok("sysenter")
+
+
+def test_iret_ends_the_blocking_of_nmi_even_if_it_faults(m: Machine) -> None:
+    m.p.set(nmi_blocked=1, rflags=2 | NT)
+    assert m.run("iretq") == probe.FAULT
+    assert m.nmi_blocked == 0
+
+
 def test_real_mode_interrupt_and_return() -> None:
     m = Machine(16)
     m.p.poke(0x21 * 4, struct.pack("<HH", 0x1234, 0x5678))

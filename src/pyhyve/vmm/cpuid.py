@@ -45,8 +45,8 @@ _L1_ECX_PASS: Final = _bits(0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30)
 _L1_ECX_PCID: Final = _bits(17)
 _L1_ECX_SHOW: Final = _bits(21, 24, 31)
 """x2APIC, TSC-deadline timer, hypervisor: the monitor's own."""
-_L1_EDX_PASS: Final = _bits(0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27)
-"""FPU DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2 SS."""
+_L1_EDX_PASS: Final = _bits(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27)
+"""FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2 SS."""
 _L1_EDX_HTT: Final = _bits(28)
 
 # Leaf 7, subleaf 0.

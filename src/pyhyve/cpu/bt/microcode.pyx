@@ -2,7 +2,7 @@
 """One instruction at a time, for what is never copied: the dispatch, the stack, near branches and decimal arithmetic.
 
 The rest is beside: microcode_segments (descriptors), microcode_far (far transfers), microcode_tasks (task switches),
-microcode_events (interrupts, IRET, system calls),
+microcode_events (interrupts, IRET), microcode_calls (system calls), microcode_vme (virtual-8086 extensions),
 microcode_strings, microcode_system (control registers, MSRs, ports), microcode_vector (state images). Each checks and
 reads first and commits last. Source: Intel SDM vol 2.
 """
@@ -10,6 +10,7 @@ reads first and commits last. Source: Intel SDM vol 2.
 from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.decode cimport *
+from pyhyve.cpu.bt.microcode_calls cimport syscall, sysenter, sysexit, sysret
 from pyhyve.cpu.bt.microcode_events cimport *
 from pyhyve.cpu.bt.microcode_far cimport far_return, far_transfer
 from pyhyve.cpu.bt.microcode_gather cimport gather, gather_evex, scatter
@@ -20,6 +21,7 @@ from pyhyve.cpu.bt.microcode_segments cimport (
 from pyhyve.cpu.bt.microcode_strings cimport string_operation
 from pyhyve.cpu.bt.microcode_system cimport *
 from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, group15, masked_store, xsavec
+from pyhyve.cpu.bt.microcode_vme cimport vm_restricted, vme_check, vme_flags, vme_load, vme_usable
 from pyhyve.cpu.bt.mmu cimport mmu_probe_write, mmu_read
 from pyhyve.cpu.bt.state cimport *
 
@@ -309,8 +311,10 @@ cdef int pop_all(Vcpu* v, Insn* i) noexcept nogil:
 
 
 cdef int push_flags(Vcpu* v, Insn* i) noexcept nogil:
-    if v.sysflags & F_VM and iopl(v) < 3:
-        return gp0(v)
+    if vm_restricted(v):
+        if vme_usable(v, operand_size(v, i)) != R_OK:
+            return R_FAULT
+        return push_value(v, i, vme_flags(v))
     return push_value(v, i, get_rflags(v) & ~<uint64_t>(F_VM | F_RF))
 
 
@@ -321,11 +325,17 @@ cdef int pop_flags(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t mask = F_ARITH | F_TF | F_DF | F_NT
     cdef uint64_t keep
     cdef int r
-    if v.sysflags & F_VM and iopl(v) < 3:
-        return gp0(v)
+    if vm_restricted(v) and vme_usable(v, size) != R_OK:
+        return R_FAULT
     r = pop_from(v, &sp, &value, size)
     if r != R_OK:
         return r
+    if vm_restricted(v):
+        if vme_check(v, value) != R_OK:
+            return R_FAULT
+        set_sp(v, sp)
+        vme_load(v, value)
+        return advance(v, i)
     if size != 2:
         mask |= F_AC | F_ID
     if v.cpl == 0:

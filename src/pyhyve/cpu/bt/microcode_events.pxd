@@ -15,7 +15,3 @@ cdef int event_interrupt(Vcpu* v, uint32_t vector, bint software, bint has_error
 # Instructions
 cdef int software_interrupt(Vcpu* v, Insn* i, uint32_t vector) noexcept nogil
 cdef int iret(Vcpu* v, Insn* i) noexcept nogil
-cdef int syscall(Vcpu* v, Insn* i) noexcept nogil
-cdef int sysret(Vcpu* v, Insn* i) noexcept nogil
-cdef int sysenter(Vcpu* v, Insn* i) noexcept nogil
-cdef int sysexit(Vcpu* v, Insn* i) noexcept nogil

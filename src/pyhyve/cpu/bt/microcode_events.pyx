@@ -1,9 +1,9 @@
 # cython: language_level=3
-"""Exceptions and interrupts through the IDT, IRET, and the fast system calls.
+"""Exceptions and interrupts through the IDT, and IRET.
 
 Nothing of the vCPU changes before every check and every access has passed. Sources: Intel SDM vol 3, "Interrupt and
 Exception Handling", "Exception and Interrupt Handling in 64-bit Mode" and "Conditions for Generating a Double Fault";
-vol 2 for IRET, SYSCALL, SYSRET, SYSENTER and SYSEXIT.
+vol 2 for IRET.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -13,6 +13,7 @@ from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_segments cimport *
 from pyhyve.cpu.bt.microcode_tasks cimport TASK_EVENT, TASK_IRET, TaskEvent, task_switch
+from pyhyve.cpu.bt.microcode_vme cimport vm_restricted, vme_check, vme_interrupt, vme_load, vme_usable
 from pyhyve.cpu.bt.mmu cimport mmu_hit, mmu_read, mmu_write, read_u16
 from pyhyve.cpu.bt.state cimport *
 
@@ -321,8 +322,14 @@ cdef int software_interrupt(Vcpu* v, Insn* i, uint32_t vector) noexcept nogil:
     """INT n, INT3, INTO, INT1; only INT1 passes gates whose DPL is less than CPL."""
     cdef uint64_t pending = v.db_pending & 15
     cdef int r
-    if v.sysflags & F_VM and i.opcode == 0xCD and iopl(v) < 3:
-        return gp0(v)
+    cdef bint done
+    if v.sysflags & F_VM and i.opcode == 0xCD:
+        if v.cr4 & CR4_VME:
+            r = vme_interrupt(v, vector, next_rip(v, i), &done)
+            if r != R_OK or done:
+                return r
+        if iopl(v) < 3:
+            return gp0(v)
     r = deliver(v, vector, i.opcode != 0xF1, False, 0, next_rip(v, i), get_rflags(v))
     if i.opcode == 0xF1 and r == R_OK:
         v.dr[7] &= ~<uint64_t>DR7_GD
@@ -348,14 +355,15 @@ cdef void load_flags(Vcpu* v, uint64_t flags, uint32_t size) noexcept nogil:
 
 
 cdef int iret_real(Vcpu* v, Insn* i) noexcept nogil:
-    """Real mode, and virtual-8086 mode with IOPL 3."""
+    """Real mode, and virtual-8086 mode."""
     cdef uint32_t size = operand_size(v, i)
     cdef uint64_t sp = v.gpr[RSP]
     cdef uint64_t word[3]
     cdef uint64_t mask
     cdef int k, r
-    if v.sysflags & F_VM and iopl(v) < 3:
-        return gp0(v)
+    cdef bint restricted = vm_restricted(v)
+    if restricted and vme_usable(v, size) != R_OK:
+        return R_FAULT
     for k in range(3):
         word[k] = 0
         r = pop_from(v, &sp, &word[k], size)
@@ -363,13 +371,18 @@ cdef int iret_real(Vcpu* v, Insn* i) noexcept nogil:
             return r
     if word[0] > v.seg[SEG_CS].limit:
         return gp0(v)
+    if restricted and vme_check(v, word[2]) != R_OK:
+        return R_FAULT
     set_sp(v, sp)
     mask = F_ARITH | F_TF | F_DF | F_NT | F_IF
     if not v.sysflags & F_VM:
         mask |= F_IOPL
     if size == 4:
         mask |= F_RF | F_AC | F_ID
-    set_rflags(v, (get_rflags(v) & ~mask) | (word[2] & mask))
+    if restricted:
+        vme_load(v, word[2])
+    else:
+        set_rflags(v, (get_rflags(v) & ~mask) | (word[2] & mask))
     set_real(v, SEG_CS, <uint32_t>word[1])
     v.rip = word[0]
     update_bank(v)
@@ -415,10 +428,10 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     cdef int k, r
     if not protected(v):
         return iret_real(v, i)
+    v.nmi_blocked = 0                            # even if it faults
     if v.sysflags & F_NT:
         if v.efer & EFER_LMA:
             return gp0(v)
-        v.nmi_blocked = 0
         r = read_u16(v, v.seg[SEG_TR].base, BANK_KERNEL, &link)
         return r if r != R_OK else task_switch(v, link, TASK_IRET, next_rip(v, i), get_rflags(v), NULL)
     d = ss = 0
@@ -481,90 +494,4 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     update_bank(v)
     v.rip = word[0]
     v.nmi_blocked = 0
-    return R_OK
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fast system calls
-
-cdef inline void set_flat(Vcpu* v, int seg, uint32_t selector, uint32_t attr) noexcept nogil:
-    """These instructions load fixed values, without a look at the descriptor tables."""
-    v.seg[seg].selector = selector
-    v.seg[seg].base = 0
-    v.seg[seg].limit = 0xFFFFFFFFU
-    v.seg[seg].attr = attr
-
-
-cdef int syscall(Vcpu* v, Insn* i) noexcept nogil:
-    cdef uint64_t flags
-    if not v.efer & EFER_SCE or not is64(v):
-        return undefined(v)
-    flags = get_rflags(v)
-    v.n.syscalls += 1
-    v.gpr[RCX] = v.rip + i.length
-    v.gpr[R11] = flags
-    v.rip = v.lstar
-    set_rflags(v, flags & ~(v.sfmask | F_RF))
-    set_flat(v, SEG_CS, <uint32_t>(v.star >> 32) & 0xFFFC, 0xA09B)
-    set_flat(v, SEG_SS, (<uint32_t>(v.star >> 32) + 8) & 0xFFFC, 0xC093)
-    v.cpl = 0
-    update_bank(v)
-    return R_OK
-
-
-cdef int sysret(Vcpu* v, Insn* i) noexcept nogil:
-    cdef uint32_t base = <uint32_t>(v.star >> 48)
-    if not v.efer & EFER_SCE or not is64(v):
-        return undefined(v)
-    if v.cpl != 0:
-        return gp0(v)
-    if i.rex & 8:
-        if not canonical(v, v.gpr[RCX]):
-            return gp0(v)
-        v.rip = v.gpr[RCX]
-        set_flat(v, SEG_CS, (base + 16) & 0xFFFF | 3, 0xA0FB)
-    else:
-        v.rip = v.gpr[RCX] & 0xFFFFFFFFULL
-        set_flat(v, SEG_CS, base | 3, 0xC0FB)
-    set_flat(v, SEG_SS, (base + 8) & 0xFFFF | 3, 0xC0F3)
-    set_rflags(v, (v.gpr[R11] & 0x3C7FD7) | 2)
-    v.cpl = 3
-    update_bank(v)
-    return R_OK
-
-
-cdef int sysenter(Vcpu* v, Insn* i) noexcept nogil:
-    cdef bint lma = (v.efer & EFER_LMA) != 0
-    if not v.cr0 & CR0_PE or v.sysenter_cs & 0xFFFC == 0:
-        return gp0(v)
-    v.n.syscalls += 1
-    v.sysflags &= ~<uint32_t>(F_VM | F_RF)
-    v.iflag = 0
-    set_flat(v, SEG_CS, <uint32_t>v.sysenter_cs & 0xFFFC, 0xA09B if lma else 0xC09B)
-    set_flat(v, SEG_SS, (<uint32_t>v.sysenter_cs & 0xFFFC) + 8, 0xC093)
-    v.gpr[RSP] = v.sysenter_esp if lma else v.sysenter_esp & 0xFFFFFFFFULL
-    v.rip = v.sysenter_eip if lma else v.sysenter_eip & 0xFFFFFFFFULL
-    v.cpl = 0
-    update_bank(v)
-    return R_OK
-
-
-cdef int sysexit(Vcpu* v, Insn* i) noexcept nogil:
-    cdef uint32_t base = <uint32_t>v.sysenter_cs & 0xFFFC
-    if base == 0 or not v.cr0 & CR0_PE or v.cpl != 0 or v.sysflags & F_VM:
-        return gp0(v)
-    if i.rex & 8 and is64(v):
-        if not canonical(v, v.gpr[RCX]) or not canonical(v, v.gpr[RDX]):
-            return gp0(v)
-        v.rip = v.gpr[RDX]
-        v.gpr[RSP] = v.gpr[RCX]
-        set_flat(v, SEG_CS, (base + 32) | 3, 0xA0FB)
-        set_flat(v, SEG_SS, (base + 40) | 3, 0xC0F3)
-    else:
-        v.rip = v.gpr[RDX] & 0xFFFFFFFFULL
-        v.gpr[RSP] = v.gpr[RCX] & 0xFFFFFFFFULL
-        set_flat(v, SEG_CS, (base + 16) | 3, 0xC0FB)
-        set_flat(v, SEG_SS, (base + 24) | 3, 0xC0F3)
-    v.cpl = 3
-    update_bank(v)
     return R_OK

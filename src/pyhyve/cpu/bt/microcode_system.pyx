@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pyhyve.cpu.bt.debug cimport DR6_BD, DR7_GD, debug_update, note_port
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
+from pyhyve.cpu.bt.microcode_vme cimport vme_cli_sti
 from pyhyve.cpu.bt.microcode_vector cimport init_components
 from pyhyve.cpu.bt.mmu cimport (mmu_flush_all, mmu_flush_nonglobal, mmu_flush_page, mmu_load_cr3, mmu_read, read_u16)
 from pyhyve.cpu.bt.state cimport *
@@ -658,7 +659,7 @@ cdef int hlt(Vcpu* v, Insn* i) noexcept nogil:
 
 cdef int cli_sti(Vcpu* v, Insn* i) noexcept nogil:
     if v.cr0 & CR0_PE and v.cpl > iopl(v):
-        return gp0(v)
+        return vme_cli_sti(v, i)
     if i.opcode == 0xFB:
         if not v.iflag:
             v.shadow = SHADOW_STI

@@ -664,6 +664,8 @@ cdef class BtVcpu:
             table[n].ebx = entry.ebx
             table[n].ecx = entry.ecx
             table[n].edx = entry.edx
+            if table[n].leaf == 0:
+                self.v.amd = table[n].ebx == 0x68747541U or table[n].ebx == 0x6F677948U      # Auth, Hygo
             n += 1
         if self.v.cpuid != NULL:
             free(self.v.cpuid)
