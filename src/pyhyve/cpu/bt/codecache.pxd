@@ -59,6 +59,7 @@ cdef struct Cache:
     Shared* shared          # of the VM
     int me                  # this vCPU's number there
     Inbox inbox
+    uint64_t not_before     # see give_back
     uint64_t pauses         # PAUSEs of a VM with several vCPUs
     uint8_t* rw             # the code memory, writable view
     uint8_t* rx             # the same memory, executable view

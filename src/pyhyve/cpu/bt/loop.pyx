@@ -391,6 +391,8 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             poll[5] = 0
             poll[7] = 0
             inbox_process(c)
+            if c.shared.n_vcpus > 1:
+                give_back(c.shared, &c.not_before)  # another may have waited for this vCPU to pass here
             if v.kick:
                 v.kick = 0
                 v.exit.reason = X_EXTERNAL_INTERRUPT
@@ -485,7 +487,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 r = microcode(v, &insn)
                 if insn.opcode == 0xCF and insn.map == 0 and c.shared.n_vcpus > 1:
                     # IRET: what another vCPU spins for may just have been done
-                    give_back(c.shared)
+                    give_back(c.shared, &c.not_before)
                 if insn.cls == C_BRANCH and (0xCC <= insn.opcode <= 0xCE or insn.opcode == 0xF1 or insn.map == 1):
                     # INT and its kin save TF; SYSCALL and SYSRET are stepped by the TF that they leave
                     if insn.opcode != 0x34 and insn.opcode != 0x35:

@@ -36,7 +36,7 @@ cdef struct Inbox:
 cdef struct Shared:
     uint32_t lock
     uint32_t n_vcpus
-    uint32_t yielding       # vCPUs that wait in PAUSE and have given up their host processor
+    uint32_t yielding       # vCPUs that wait (in PAUSE, or for a safe point) and have given up their host processor
     Inbox* inboxes[SHARED_VCPUS]
     uint64_t n_pages
     SharedPage pages[SHARED_PAGES]
@@ -54,8 +54,8 @@ cdef void inbox_unlock(Inbox* inbox) noexcept nogil
 cdef void set_in_guest(Inbox* inbox, uint32_t value) noexcept nogil
 cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
 cdef void cpu_relax() noexcept nogil
-# Let another thread of the host run: what this one waits for may be waiting for its processor.
-cdef void cpu_yield() noexcept nogil
-# The same for a vCPU that spins; another gives its processor back as soon as it has done what may be waited for.
+# For a vCPU that spins: let another thread of the host run. What it waits for may be waiting for its processor.
 cdef void spin_yield(Shared* s) noexcept nogil
-cdef void give_back(Shared* s) noexcept nogil
+# For a vCPU that may just have done what another spins for: let that one run, if it gave up its processor. Not before the
+# time in `not_before` (the vCPU's own), which grows where others than vCPUs take what is given.
+cdef void give_back(Shared* s, uint64_t* not_before) noexcept nogil

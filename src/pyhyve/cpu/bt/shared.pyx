@@ -17,6 +17,7 @@ cdef extern from *:
     static inline uint64_t bt_load64(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void bt_store8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     static inline void bt_add32(uint32_t *p, uint32_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+    static inline uint64_t bt_clock(void) { return __builtin_ia32_rdtsc(); }
     static inline void bt_pause(void) { __builtin_ia32_pause(); }
     /* sched_yield without the C library: the guest's vector state is live */
     static inline void bt_yield(void) {
@@ -31,8 +32,12 @@ cdef extern from *:
     uint64_t bt_load64(uint64_t* p) noexcept nogil
     void bt_store8(uint8_t* p, uint8_t v) noexcept nogil
     void bt_add32(uint32_t* p, uint32_t v) noexcept nogil
+    uint64_t bt_clock() noexcept nogil
     void bt_pause() noexcept nogil
     void bt_yield() noexcept nogil
+
+cdef enum:
+    LONG_YIELD = 2000000        # cycles of the TSC: about a millisecond
 
 
 cdef inline uint64_t _slot(uint64_t page) noexcept nogil:
@@ -149,16 +154,20 @@ cdef void cpu_relax() noexcept nogil:
     bt_pause()
 
 
-cdef void cpu_yield() noexcept nogil:
-    bt_yield()
-
-
 cdef void spin_yield(Shared* s) noexcept nogil:
     bt_add32(&s.yielding, 1)
     bt_yield()
     bt_add32(&s.yielding, 0xFFFFFFFF)
 
 
-cdef void give_back(Shared* s) noexcept nogil:
-    if bt_load32(&s.yielding):
-        bt_yield()
+cdef void give_back(Shared* s, uint64_t* not_before) noexcept nogil:
+    cdef uint64_t start, spent
+    if not bt_load32(&s.yielding):
+        return
+    start = bt_clock()
+    if start < not_before[0]:
+        return
+    bt_yield()
+    spent = bt_clock() - start
+    if spent > LONG_YIELD:
+        not_before[0] = start + 2 * spent       # somebody else had the processor: keep it as long now
