@@ -11,6 +11,7 @@ from pyhyve.bhyve.console import CaptureConsole, Console, open_console
 from pyhyve.bhyve.lpc.options import FwCfgFile, checked_file, parse_lpc
 from pyhyve.bhyve.machine import VcpuView
 from pyhyve.bhyve.outcome import Outcome
+from pyhyve.cpu.processor import DEFAULT_CODE_CACHE
 
 __all__ = ["Machine", "Outcome", "VcpuView"]
 
@@ -36,6 +37,7 @@ class Machine:
         console: str | Console = "capture",
         name: str | None = None,
         processor: str = "auto",
+        code_cache: str | int = DEFAULT_CODE_CACHE,
         kaslr: bool = False,
         lpc: Sequence[str] = (),
         fwcfg: Mapping[str, str | bytes] | None = None,
@@ -52,6 +54,7 @@ class Machine:
             cpus=cpus,
             name=name,
             processor=processor,
+            code_cache=config.parse_size(code_cache, "code_cache") if isinstance(code_cache, str) else code_cache,
             kaslr=kaslr,
             lpc=tuple(map(parse_lpc, lpc)),
             fwcfg=tuple(_fwcfg_file(name, data) for name, data in (fwcfg or {}).items()),

@@ -350,6 +350,34 @@ def test_two_machines_run_side_by_side(guest_image: GuestImage) -> None:
         assert shells[1]("echo still here") == "still here"
 
 
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_code_cache_that_is_full_again_and_again_changes_nothing(guest_image: GuestImage, cpus: int) -> None:
+    with machine(guest_image, code_cache="1M", cpus=cpus) as guest:
+        run = Shell.boot(guest)
+        assert (
+            run("seq 1 5000 | sha256sum").split()[0]
+            == hashlib.sha256("".join(f"{n}\n" for n in range(1, 5001)).encode()).hexdigest()
+        )
+        counters = guest.statistics()["engine"]
+        assert counters["cache_flushes"] > 10  # type: ignore[index]
+        assert counters["code_bytes"] <= cpus << 20  # type: ignore[index]
+
+
+def test_a_pause_stops_every_processor_wherever_it_is(guest_image: GuestImage) -> None:
+    """A rendezvous: no processor goes on behind pause(), however many of them compute."""
+    with machine(guest_image, cpus=4) as guest:
+        run = Shell.boot(guest)
+        run("for n in 1 2 3 4 5 6; do (while :; do :; done) & done")
+        for _ in range(20):
+            guest.pause()
+            stopped = [(vcpu.get("rip"), vcpu.get("rsp"), vcpu.get("rax")) for vcpu in guest.vcpus]
+            time.sleep(0.01)
+            assert [(vcpu.get("rip"), vcpu.get("rsp"), vcpu.get("rax")) for vcpu in guest.vcpus] == stopped
+            guest.resume()
+            time.sleep(0.01)
+        assert run("kill %1 %2 %3 %4 %5 %6; echo still here") == "still here"
+
+
 def test_two_processors_share_the_work(guest_image: GuestImage) -> None:
     with machine(guest_image, cpus=2) as guest:
         shell = Shell.boot(guest)

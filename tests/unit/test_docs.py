@@ -34,7 +34,7 @@ def anchor(heading: str) -> str:
 
 
 def test_readme_has_every_option_of_run_and_no_other() -> None:
-    documented = {name for row in table(section("pyhyve run")) for name in re.findall(r"`(--?[a-z]+)", row[0])}
+    documented = {name for row in table(section("pyhyve run")) for name in re.findall(r"`(--?[a-z][a-z-]*)", row[0])}
     real = {name for option in describe(verb_parser("run")) for name in option.names}
     assert documented == real - {"-h", "--help"}
 
@@ -43,10 +43,10 @@ def test_readme_says_which_options_take_a_value_and_their_defaults() -> None:
     options = {name: option for option in describe(verb_parser("run")) for name in option.names}
     defaults = vars(verb_parser("run").parse_args([]))
     for cells in table(section("pyhyve run")):
-        for name, value in re.findall(r"`(--?[a-z]+)( [A-Z:]+)?`", cells[0]):
+        for name, value in re.findall(r"`(--?[a-z][a-z-]*)( [A-Z:]+)?`", cells[0]):
             assert options[name].takes_value == bool(value), name
             if name.startswith("--"):
-                default = defaults[name[2:]] if name not in ("--cpus", "--memory", "--pin") else None
+                default = defaults[name[2:].replace("-", "_")] if name not in ("--cpus", "--memory", "--pin") else None
                 if default not in (None, False, []):
                     assert cells[1] == f"`{default}`", name
                 elif name not in ("--cpus", "--memory"):

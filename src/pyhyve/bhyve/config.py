@@ -11,6 +11,7 @@ from pyhyve.base.errors import UsageError
 from pyhyve.bhyve.boot.files import BootFiles, ModuleFile
 from pyhyve.bhyve.layout import MIB, MIN_RAM, PAGE_SIZE
 from pyhyve.bhyve.lpc.options import FwCfgFile, FwCfgOptions, LpcOptions
+from pyhyve.cpu.processor import DEFAULT_CODE_CACHE, MAX_CODE_CACHE, MIN_CODE_CACHE
 
 DEFAULT_MEMORY: Final = 256 * MIB
 DEFAULT_HANG_SECONDS: Final = 20.0
@@ -76,6 +77,8 @@ class MachineConfig:
     name: str | None = None
     """None: a name of its own that nobody else takes."""
     processor: str = "auto"
+    code_cache: int = DEFAULT_CODE_CACHE
+    """Bytes of translated code that each vCPU keeps, MIN_CODE_CACHE to MAX_CODE_CACHE; only the software processor."""
     kaslr: bool = False
     lpc: Sequence[LpcOptions] = ()
     """Devices on the ISA bus besides those that every machine has."""
@@ -88,6 +91,11 @@ class MachineConfig:
     def __post_init__(self) -> None:
         self._check_memory()
         self._check_cpus()
+        if not MIN_CODE_CACHE <= self.code_cache <= MAX_CODE_CACHE or self.code_cache % PAGE_SIZE:
+            low, high = format_size(MIN_CODE_CACHE), format_size(MAX_CODE_CACHE)
+            raise UsageError(
+                f"--code-cache {format_size(self.code_cache)}: write whole pages, {low} to {high}, for instance 64M"
+            )
         if self.name is not None and not _NAME.fullmatch(self.name):
             raise UsageError(
                 f"--name {self.name!r}: not a name; use up to 64 letters, digits, '.', '_' and '-', "

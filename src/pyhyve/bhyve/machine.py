@@ -96,7 +96,7 @@ class Machine:
         self._timed_out = False
         self._closed = False
         self._finish_lock = threading.Lock()
-        engine = select.processor(config.processor)
+        engine = select.processor(config.processor, config.code_cache)
         most = engine.capabilities().max_vcpus
         if config.cpus > most:
             raise UsageError(f"-c {config.cpus}: the {engine.name} processor has at most {most}")

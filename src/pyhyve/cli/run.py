@@ -41,6 +41,12 @@ def add_arguments(parser: Parser) -> None:
         "--processor", choices=("auto", "bt", "kvm"), default="auto", help="bt: software; kvm: the host's"
     )
     parser.add_argument(
+        "--code-cache",
+        metavar="SIZE",
+        default="64M",
+        help="translated code that a vCPU of bt keeps (%(default)s)",
+    )
+    parser.add_argument(
         "--console", metavar="WHERE", default="stdio", help="stdio, pty, file:PATH or none (%(default)s)"
     )
     parser.add_argument(
@@ -122,6 +128,7 @@ def run(arguments: Namespace) -> int:
         cpus=cpus,
         name=arguments.name,
         processor=arguments.processor,
+        code_cache=parse_size(arguments.code_cache, "--code-cache"),
         kaslr=arguments.kaslr,
         lpc=tuple(map(parse_lpc, arguments.lpc)),
         fwcfg=tuple(map(parse_fwcfg_file, arguments.fwcfg)),

@@ -6,7 +6,7 @@ and reads an exit. Nothing here names an engine; engines are found through `pyhy
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 # Indices of registers in `VcpuBackend.get`/`set`, by the names that users type.
 GPR_NAMES: Final = (
@@ -215,6 +215,19 @@ class ProcessorVm(Protocol):
     def close(self) -> None:
         """Release everything; vCPUs must not run any more. Idempotent."""
         ...
+
+
+DEFAULT_CODE_CACHE: Final = 64 << 20
+MIN_CODE_CACHE: Final = 1 << 20
+MAX_CODE_CACHE: Final = 1 << 30
+"""Bytes of translated code that a vCPU keeps: jumps within the cache have 31 bits."""
+
+
+@runtime_checkable
+class CachesCode(Protocol):
+    """An engine that translates. Set before `create_vm`: MIN_CODE_CACHE to MAX_CODE_CACHE, whole pages."""
+
+    code_cache: int
 
 
 class Processor(Protocol):

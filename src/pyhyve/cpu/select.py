@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import Final, cast
 
 from pyhyve.base.errors import HostError, UsageError
-from pyhyve.cpu.processor import Processor
+from pyhyve.cpu.processor import DEFAULT_CODE_CACHE, CachesCode, Processor
 
 ENGINES: Final = {"bt": "pyhyve.cpu.bt.engine", "kvm": "pyhyve.cpu.kvm.engine"}
 
 
-def processor(name: str = "auto") -> Processor:
+def processor(name: str = "auto", code_cache: int = DEFAULT_CODE_CACHE) -> Processor:
     """Return the engine called `name` ("bt", "kvm"); "auto" is the software processor, which runs everywhere.
+    `code_cache` is for engines that translate.
 
     Raises UsageError for an unknown name, HostError where the host cannot run that engine.
     """
@@ -22,4 +23,6 @@ def processor(name: str = "auto") -> Processor:
     reason = engine.unavailable()
     if reason is not None:
         raise HostError(f"--processor {name}: {reason}")
+    if isinstance(engine, CachesCode):
+        engine.code_cache = code_cache
     return engine

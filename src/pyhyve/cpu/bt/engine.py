@@ -1,18 +1,20 @@
 """The software processor as an engine: see pyhyve.cpu.processor."""
 
 from pyhyve.cpu.bt.run import BtShared, BtVcpu, host_has_avx512, host_lacks
-from pyhyve.cpu.processor import Capabilities
+from pyhyve.cpu.processor import DEFAULT_CODE_CACHE, Capabilities
 
 
 class BtVm:
-    """What the software processor keeps for a VM: its vCPUs. Memory it finds through the EPT."""
+    """What the software processor keeps for a VM: its vCPUs, each with a code cache of `code_cache` bytes at most.
+    Memory it finds through the EPT."""
 
-    def __init__(self) -> None:
+    def __init__(self, code_cache: int = DEFAULT_CODE_CACHE) -> None:
+        self.code_cache = code_cache
         self.shared = BtShared()
         self.vcpus: list[BtVcpu] = []
 
     def create_vcpu(self, vcpu_id: int) -> BtVcpu:
-        vcpu = BtVcpu(vcpu_id, self.shared)
+        vcpu = BtVcpu(vcpu_id, self.shared, self.code_cache)
         self.vcpus.append(vcpu)
         return vcpu
 
@@ -31,6 +33,9 @@ class Engine:
 
     name = "bt"
 
+    def __init__(self) -> None:
+        self.code_cache = DEFAULT_CODE_CACHE
+
     def capabilities(self) -> Capabilities:
         avx512 = host_has_avx512()
         return Capabilities(
@@ -47,4 +52,4 @@ class Engine:
         return host_lacks()
 
     def create_vm(self) -> BtVm:
-        return BtVm()
+        return BtVm(self.code_cache)
