@@ -7,13 +7,12 @@ from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport new_stub
-from pyhyve.cpu.bt.state cimport ACCESS_WRITE, SEG_FS, SEG_GS, TLB_ENTRIES, TlbEntry, Vcpu
+from pyhyve.cpu.bt.state cimport ACCESS_WRITE, TLB_ENTRIES, TlbEntry, Vcpu
 from pyhyve.cpu.bt.thunks cimport SHARED, MissMeta
 
 
-cdef void linear_address(T* t, Insn* i, uint64_t next_rip, int with_seg) noexcept nogil:
-    """r10 = the linear address of the memory operand (the effective address, without `with_seg`). Keeps flags and all
-    guest registers; destroys r11."""
+cdef void effective_address(T* t, Insn* i, uint64_t next_rip) noexcept nogil:
+    """r10 = the memory operand's offset in its segment. Keeps flags and all guest registers; destroys r11."""
     cdef Emit* e = &t.e
     cdef int base = i.base
     cdef int index = i.index
@@ -67,15 +66,6 @@ cdef void linear_address(T* t, Insn* i, uint64_t next_rip, int with_seg) noexcep
         if i.addrsize == 2:
             e2(e, 0x45, 0x0F)                    # movzx r10d, r10w
             e2(e, 0xB7, 0xD2)
-    if not with_seg:
-        return
-    if t.size == 64:
-        if i.seg == SEG_FS or i.seg == SEG_GS:
-            ld_gs(e, H_T1, o_segbase(i.seg))
-            lea_sib(e, H_T0, H_T0, H_T1, 0, 0, 1)
-    else:
-        ld_gs(e, H_T1, o_segbase(i.seg))
-        lea_sib(e, H_T0, H_T0, H_T1, 0, 0, 0)
 
 
 cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexcept nogil:
@@ -99,7 +89,8 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         m.resume = <int32_t>sizeof(MissMeta)
         m.width = <uint16_t>width
         m.access = <uint8_t>access
-        m.bank = <uint8_t>t.bank
+        m.bank = <uint8_t>(t.bank | t.guard)
+        t.guard = 0
         e.p += sizeof(MissMeta)
         return
     if not live:
@@ -151,7 +142,8 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
     s.width = width
     s.access = access
     s.off = tag
-    s.index = t.bank
+    s.index = t.bank | t.guard
+    t.guard = 0
 
 
 cdef void commit_store(T* t, int i) noexcept nogil:

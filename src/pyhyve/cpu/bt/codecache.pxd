@@ -27,6 +27,10 @@ cdef enum:
     MODE_TSD = 32768        # user code, CR4.TSD: RDTSC faults
     MODE_BANK_BITS = 35     # the bits that select a bank (CPL, AC): no flush of ibt[] when only these change
     MODE_CSBASE_SHIFT = 16  # bits 16-47: CS base of 16- and 32-bit code
+    MODE_CHECK_SHIFT = 11   # bits 11-13: ES, SS, DS are not flat: accesses are checked
+    MODE_LIMIT_SHIFT = 48   # bits 48-53: CS limit of 16- and 32-bit code, an index of Vcpu.cs_limits
+    MODE_SP16_SHIFT = 54    # bit 54: the stack pointer of 16- and 32-bit code is SP
+    MODE_ALIGN_SHIFT = 55   # bit 55: user mode with alignment checks
     MODE_WATCH_SHIFT = 56   # bits 56-63: which set of instructions is watched (debug.pyx), 0: none
 
 cdef struct Block:

@@ -10,7 +10,7 @@ from pyhyve.cpu.bt.state cimport (
 
 
 cdef inline uint64_t _hash(uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil:
-    cdef uint64_t h = hva ^ (rip >> 12) * <uint64_t>0x9E3779B97F4A7C15 ^ mode << 40
+    cdef uint64_t h = hva ^ (rip >> 12) * <uint64_t>0x9E3779B97F4A7C15 ^ mode << 40 ^ mode >> 24
     return (h ^ (h >> 17)) * <uint64_t>0xD6E8FEB86659FD93 >> 20
 
 
@@ -213,9 +213,9 @@ cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil:
         v.n_ibt_used += 1
     if not b.rip >> 63 and b.ibt_slot // IBT_ENTRIES != BANK_USER:
         v.ibt_low = 1
-    _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT))
+    _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT & <uint64_t>0xFFFFFFFF))
     if b.straddle:
-        _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT) + 0x1000)
+        _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT & <uint64_t>0xFFFFFFFF) + 0x1000)
 
 
 cdef Block* block_find(Cache* c, uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil:

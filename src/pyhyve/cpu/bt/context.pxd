@@ -63,6 +63,11 @@ cdef struct T:
     int cpl
     uint64_t page           # linear page (RIP page) of the block
     uint64_t csbase
+    uint64_t limit          # of CS
+    int check               # bit SEG_*: accesses through ES, SS or DS are checked
+    int sp16                # the stack pointer is SP
+    int align               # alignment is checked
+    int guard               # of the access that is being made: MissMeta.bank without the bank
     int n
     int n_stubs
     int next_poll           # the jump to the next instruction must poll
@@ -105,12 +110,13 @@ cdef inline int host_of(int r) noexcept nogil:
     """The host register of a guest register that has one."""
     return H_GSP if r == RSP else r
 
+cdef inline uint64_t near_target(T* t, Insn* i, uint64_t target) noexcept nogil:
+    """The target of a direct branch, cut as its operand size says."""
+    if t.size == 64:
+        return target
+    return target & (0xFFFF if i.opsize == 2 else <uint64_t>0xFFFFFFFF)
+
 cdef inline uint64_t branch_target(T* t, int n) noexcept nogil:
     """Where direct branch n of the block goes."""
     cdef Insn* i = &t.insns[n]
-    cdef uint64_t target = t.rips[n] + i.length + <uint64_t>i.imm
-    if t.size == 64:
-        return target
-    if i.opsize == 2:
-        return target & 0xFFFF
-    return target & <uint64_t>0xFFFFFFFF
+    return near_target(t, i, t.rips[n] + i.length + <uint64_t>i.imm)

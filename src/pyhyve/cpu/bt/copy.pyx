@@ -3,13 +3,14 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from pyhyve.cpu.bt.access cimport commit_store, host_address, linear_address
+from pyhyve.cpu.bt.access cimport commit_store, effective_address, host_address
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.copy_evex cimport emit_evex, masked_operand
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.kinds cimport is_vector
 from pyhyve.cpu.bt.sharing cimport operand
+from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, Vcpu
 
 
@@ -110,9 +111,14 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
             e3(e, 0xC4, 0x42, 0xAA)
             e2(e, 0xF7, 0xDB)
             st_gs(e, H_T1, OFF(&(<Vcpu*>NULL).tmp1))
-            linear_address(t, i, next_rip, 1)
+            effective_address(t, i, next_rip)
             ld_gs(e, H_T1, OFF(&(<Vcpu*>NULL).tmp1))
-            lea_sib(e, H_T0, H_T0, H_T1, 3 if i.opsize == 8 else (2 if i.opsize == 4 else 1), 0, 1 if t.size == 64 else 0)
+            lea_sib(e, H_T0, H_T0, H_T1, 3 if i.opsize == 8 else (2 if i.opsize == 4 else 1), 0, i.addrsize == 8)
+            if i.addrsize == 2:
+                e2(e, 0x45, 0x0F)                # movzx r10d, r10w
+                e2(e, 0xB7, 0xD2)
+            add_segment(t, i.seg, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.opsize)
+            add_alignment(t, i, i.opsize)
             host_address(t, n, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.opsize, live)
             # r11 = the offset within the word
             if special(reg):
@@ -288,7 +294,7 @@ cdef void _lea(T* t, int n) noexcept nogil:
     cdef Emit* e = &t.e
     cdef int dst = i.reg
     cdef int h
-    linear_address(t, i, t.rips[n] + i.length, 0)
+    effective_address(t, i, t.rips[n] + i.length)
     h = host_of(dst)
     if special(dst):
         if i.opsize == 8:

@@ -3,10 +3,11 @@
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from pyhyve.cpu.bt.access cimport commit_store, host_address, linear_address
+from pyhyve.cpu.bt.access cimport commit_store, effective_address, host_address
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
+from pyhyve.cpu.bt.segments cimport add_segment
 from pyhyve.cpu.bt.sharing cimport operand
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE
 from pyhyve.cpu.bt.thunks cimport MaskMeta, MissMeta, put_mask
@@ -18,7 +19,8 @@ cdef void masked_operand(T* t, int n, int live) noexcept nogil:
     cdef int access = ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE
     cdef int masked = i.masked | (i.vvvv if i.masked & MASKED_VECTOR else i.evex_p[2] & 7) << 8
     cdef MissMeta* m
-    linear_address(t, i, t.rips[n] + i.length, 1)
+    effective_address(t, i, t.rips[n] + i.length)
+    add_segment(t, i.seg, access, i.mem_width)
     if not t.slow:
         host_address(t, n, access, i.mem_width, live)
         t.stubs[t.n_stubs - 1].masked = masked
@@ -29,7 +31,8 @@ cdef void masked_operand(T* t, int n, int live) noexcept nogil:
     m.resume = <int32_t>sizeof(MaskMeta)
     m.width = i.mem_width
     m.access = <uint8_t>access
-    m.bank = <uint8_t>t.bank
+    m.bank = <uint8_t>(t.bank | t.guard)
+    t.guard = 0
     t.e.p += sizeof(MissMeta)
     put_mask(&t.e, masked, 1)
 

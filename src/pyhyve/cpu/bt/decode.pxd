@@ -22,6 +22,7 @@ cdef enum:
     C_BRANCH = 3             # any control transfer: Jcc JMP CALL RET LOOP JCXZ, far ones, INT*, IRET, SYSCALL, ...
     C_STACK = 4              # PUSH POP PUSHF POPF PUSHA POPA ENTER LEAVE
     C_STRING = 5             # MOVS STOS LODS SCAS CMPS INS OUTS, with or without REP
+    C_LIMIT = 7              # (the translator's) cannot be fetched: over the code segment's limit, or over 15 bytes
     C_SYSTEM = 6             # privileged, or not to be run natively (CPUID, RDTSC, XSAVE*, IN/OUT, MOV CR, LEA is COPY)
 
     # attributes

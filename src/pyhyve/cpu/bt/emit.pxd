@@ -152,6 +152,23 @@ cdef inline void pext_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
     e3(e, 0xF5, 0x04 | ((dst & 7) << 3), 0x25)
     e32(e, <uint32_t>off)
 
+cdef inline void pdep_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
+    """pdep dst, src, gs:[off] (64 bits; leaves flags alone)"""
+    e1(e, 0x65)
+    e3(e, 0xC4, 0x62 | (0 if dst & 8 else 0x80), 0x83 | ((~src & 15) << 3))
+    e3(e, 0xF5, 0x04 | ((dst & 7) << 3), 0x25)
+    e32(e, <uint32_t>off)
+
+cdef inline void pext_rr(Emit* e, int dst, int src, int mask) noexcept nogil:
+    """pext dst, src, mask (64 bits; leaves flags alone)"""
+    e3(e, 0xC4, 0x42 | (0 if dst & 8 else 0x80) | (0 if mask & 8 else 0x20), 0x82 | ((~src & 15) << 3))
+    e2(e, 0xF5, 0xC0 | ((dst & 7) << 3) | (mask & 7))
+
+cdef inline void rorx(Emit* e, int dst, int src, int by) noexcept nogil:
+    """rorx dst, src, by (64 bits; leaves flags alone)"""
+    e3(e, 0xC4, 0x43 | (0 if dst & 8 else 0x80) | (0 if src & 8 else 0x20), 0xFB)
+    e3(e, 0xF0, 0xC0 | ((dst & 7) << 3) | (src & 7), by)
+
 cdef inline void rel32_to(uint8_t* site, uint8_t* target) noexcept nogil:
     """Make the rel32 at `site` reach `target` (both in the same view)."""
     (<int32_t*>site)[0] = <int32_t>(target - (site + 4))

@@ -8,6 +8,7 @@ from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport go, go_ibt_r10, jcc_go
+from pyhyve.cpu.bt.flow32 cimport emit_branch32, emit_stack32
 from pyhyve.cpu.bt.kinds cimport is_jcc, is_pop_reg, is_push_reg
 from pyhyve.cpu.bt.sharing cimport operand, stack_operand
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RBP, RSP, Vcpu
@@ -79,11 +80,13 @@ cdef void _store_imm64(T* t, uint64_t value) noexcept nogil:
 
 
 cdef bint emit_stack(T* t, int n, int* took) noexcept nogil:
-    """PUSH, POP and LEAVE that are run natively (64-bit mode). False: microcode."""
+    """PUSH, POP and LEAVE that are run natively. False: microcode."""
     cdef Insn* i = &t.insns[n]
     cdef Emit* e = &t.e
     took[0] = 1
-    if t.size != 64 or i.opsize != 8:
+    if t.size != 64:
+        return emit_stack32(t, n, took)
+    if i.opsize != 8:
         return False
     if is_push_reg(i):
         took[0] = _pushes(t, n)
@@ -143,6 +146,8 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
     cdef int sti = 1 if t.next_poll >= 0 else 0     # STI stands before it
     if t.size != 64:
         next_rip &= <uint64_t>0xFFFFFFFF
+        if branch_target(t, n) > t.limit and (is_jcc(i) or i.map == 0 and (0xE0 <= op <= 0xE3 or 0xE8 <= op <= 0xEB)):
+            return False                         # #GP if it is taken
     if is_jcc(i):
         target = branch_target(t, n)
         jcc_go(t, op & 15, target, target <= t.rips[n] or sti)
@@ -167,7 +172,7 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         go(t, next_rip, sti)
         return True
     if t.size != 64:
-        return False
+        return emit_branch32(t, n)
     if op == 0xE8:
         stack_operand(t, n, RSP, -8, ACCESS_WRITE, 8, t.live[n])
         _store_imm64(t, next_rip)

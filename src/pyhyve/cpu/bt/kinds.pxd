@@ -30,6 +30,21 @@ cdef inline bint is_opmask(Insn* i) noexcept nogil:
         return 0x41 <= i.opcode <= 0x4B or 0x90 <= i.opcode <= 0x93 or i.opcode == 0x98 or i.opcode == 0x99
     return i.map == 3 and 0x30 <= i.opcode <= 0x33
 
+cdef inline bint is_aligned_vector(Insn* i) noexcept nogil:
+    """Of instructions that access 16 bytes or more: those that demand alignment of themselves (#GP)."""
+    cdef uint8_t op = i.opcode
+    if i.map == 1 and (op == 0x28 or op == 0x29 or op == 0x2B or op == 0xE7 or op == 0xC7):
+        return True                              # MOVAPS, MOVNTPS, MOVNTDQ, CMPXCHG16B
+    if i.map == 1 and (op == 0x6F or op == 0x7F):
+        return (i.prefixes & P_66) != 0          # MOVDQA, not MOVDQU
+    if i.map == 2 and op == 0x2A:
+        return True                              # MOVNTDQA
+    if i.enc != ENC_LEGACY:
+        return False
+    if i.map == 1:
+        return not (op == 0x10 or op == 0x11 or op == 0xF0)      # MOVUPS, LDDQU
+    return not (i.map == 3 and 0x60 <= op <= 0x63)               # PCMPESTRI and its kin
+
 cdef inline bint is_push_reg(Insn* i) noexcept nogil:
     return i.cls == C_STACK and i.map == 0 and 0x50 <= i.opcode <= 0x57 and i.opsize == 8
 
@@ -46,7 +61,7 @@ cdef inline bint is_string_inline(Insn* i) noexcept nogil:
 cdef inline bint ends_block(Insn* i) noexcept nogil:
     """Microcode behind which the block cannot go on: RIP or the mode may be another."""
     cdef int op = i.opcode
-    if i.cls == C_BRANCH or i.cls == C_INVALID:
+    if i.cls == C_BRANCH or i.cls == C_INVALID or i.cls == C_LIMIT:
         return True
     if i.cls != C_SYSTEM:
         return False

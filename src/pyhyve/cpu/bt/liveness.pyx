@@ -24,7 +24,7 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
             return live | todo
         code = <const uint8_t*>((t.b.hva & ~<uint64_t>0xFFF) + (lin & 0xFFF))
         n = decode(code, 0x1000 - <int>(lin & 0xFFF), t.size, &i)
-        if n <= 0 or i.cls == C_INVALID:
+        if n <= 0 or i.cls == C_INVALID or rip + n - 1 > t.limit:
             return live | todo
         # the block relies on these bytes: a store to them drops it
         t.b.look |= <uint64_t>1 << ((lin & 0xFFF) >> 6)
@@ -35,9 +35,9 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
             return live
         if i.cls == C_BRANCH:
             if depth > 0 and i.map == 0 and (i.opcode == 0xEB or i.opcode == 0xE9):
-                return live | (_live_at(t, rip + n + <uint64_t>i.imm, depth - 1) & todo)
+                return live | (_live_at(t, near_target(t, &i, rip + n + <uint64_t>i.imm), depth - 1) & todo)
             if depth > 0 and is_jcc(&i):
-                live |= _live_at(t, rip + n + <uint64_t>i.imm, depth - 1) & todo
+                live |= _live_at(t, near_target(t, &i, rip + n + <uint64_t>i.imm), depth - 1) & todo
                 if live & todo == todo:
                     return live
                 return live | (_live_at(t, rip + n, depth - 1) & todo)
@@ -56,7 +56,7 @@ cdef void find_liveness(T* t) noexcept nogil:
     cdef int k
     # what is live behind the last instruction matters only if nothing before kills it: looked up when needed
     live = FL_ALL
-    if t.size == 64 and not t.slow:
+    if not t.slow:
         if i.cls == C_BRANCH:
             if i.map == 0 and (i.opcode == 0xEB or i.opcode == 0xE9 or i.opcode == 0xE8):
                 live = _live_at(t, branch_target(t, n - 1), 1)
@@ -71,7 +71,7 @@ cdef void find_liveness(T* t) noexcept nogil:
         i = &t.insns[k]
         live = (t.live[k + 1] & ~i.flags_killed) | i.flags_read
         if i.cls == C_BRANCH and k + 1 < n and live != FL_ALL:
-            live |= _live_at(t, branch_target(t, k), 1) if t.size == 64 else FL_ALL
-        if i.cls == C_INVALID or i.cls == C_SYSTEM or (i.cls == C_STRING and not is_string_inline(i)):
+            live |= _live_at(t, branch_target(t, k), 1)
+        if i.cls == C_INVALID or i.cls == C_LIMIT or i.cls == C_SYSTEM or (i.cls == C_STRING and not is_string_inline(i)):
             live = FL_ALL
         t.live[k] = <uint8_t>live

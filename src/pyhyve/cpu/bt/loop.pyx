@@ -8,10 +8,11 @@ from pyhyve.cpu.bt.codecache cimport *
 from pyhyve.cpu.bt.debug cimport (
     DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
 )
-from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_STACK, Insn, decode
+from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_LIMIT, C_STACK, Insn, decode
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
+from pyhyve.cpu.bt.segments cimport CS_LIMITS_FULL, segment_check, segments_forget, segments_mode
 from pyhyve.cpu.bt.shared cimport give_back, set_in_guest, spin_yield
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport *
@@ -26,11 +27,14 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
     if v.efer & 0x400 and attr & 0x2000:
         mode |= 2 << MODE_SIZE_SHIFT
     else:
-        if v.cr0 & 1 and not v.sysflags & F_VM and attr & 0x4000:
+        if attr & 0x4000:
             mode |= 1 << MODE_SIZE_SHIFT
-        mode |= (v.seg[SEG_CS].base & <uint64_t>0xFFFFFFFF) << MODE_CSBASE_SHIFT
-    if v.cpl != 3 and v.acflag:
-        mode |= MODE_AC
+        mode |= (v.seg[SEG_CS].base & <uint64_t>0xFFFFFFFF) << MODE_CSBASE_SHIFT | segments_mode(v)
+    if v.acflag:
+        if v.cpl != 3:
+            mode |= MODE_AC
+        elif v.cr0 & (1 << 18):
+            mode |= <uint64_t>1 << MODE_ALIGN_SHIFT
     if v.cr0 & 0xC:
         mode |= MODE_NOFP
     if v.cr4 & (1 << 18) and v.xcr0 & 4 and v.cr0 & 1 and not v.sysflags & F_VM:
@@ -55,11 +59,14 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     """Where an access over a page's end goes: host address (contiguous pages, or the bounce buffer); 0 with *r set."""
     cdef uint64_t hva1, hva2, info1, info2, buffer
     cdef uint32_t first = 0x1000 - <uint32_t>(lin & 0xFFF)
+    cdef uint64_t second = lin + first
     info1 = info2 = 0
     r[0] = mmu_page(v, lin, access, bank, &hva1, &info1)
     if r[0] != R_OK:
         return 0
-    r[0] = mmu_page(v, lin + first, access, bank, &hva2, &info2)
+    if not v.mode_key & (2 << MODE_SIZE_SHIFT):
+        second &= <uint64_t>0xFFFFFFFF
+    r[0] = mmu_page(v, second, access, bank, &hva2, &info2)
     if r[0] != R_OK:
         return 0
     if access == ACCESS_WRITE and (info1 | info2) & MMU_CODE:
@@ -129,7 +136,7 @@ cdef uint64_t _leave_access(Vcpu* v, int r, int group, int access) noexcept nogi
         v.leave_reason = LEAVE_SLOW
     else:
         v.leave_reason = LEAVE_FAULT
-        if v.fault_vector == 13:
+        if v.fault_vector == 13 and v.mode_key & (2 << MODE_SIZE_SHIFT):
             _stack_fault(v, access)
     return 0
 
@@ -141,15 +148,19 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     cdef int access = m.access & 3
     cdef int group = m.access & (GROUP | SHARED)
     cdef uint64_t sub = lin if m.access & SHARED else 0
-    cdef int bank = m.bank
+    cdef int bank = m.bank & 3
     cdef uint32_t width = m.width
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if m.bank > 3 and segment_check(v, &lin, m.bank, 0, width, access) != R_OK:
+        v.leave_reason = LEAVE_FAULT
+        return 0
     if data_watched(v, lin, width, access):
         return _leave_access(v, R_SLOW, group, access)
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
-        if hva and (not sub or access == ACCESS_READ and hva != bounce_of(v, lin)):
+        if hva and (not sub or access == ACCESS_READ and hva != bounce_of(v, lin)
+                    and (v.mode_key & (2 << MODE_SIZE_SHIFT) or lin + width <= <uint64_t>1 << 32)):
             return hva - sub
         if hva:
             r = R_SLOW
@@ -180,14 +191,18 @@ cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     """Every access of a slow block."""
     cdef uint64_t hva
     cdef uint64_t info = 0
+    cdef int bank = m.bank & 3
     cdef int r
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
+    if m.bank > 3 and segment_check(v, &lin, m.bank, 0, m.width, m.access) != R_OK:
+        v.leave_reason = LEAVE_FAULT
+        return 0
     if (lin & 0xFFF) + m.width > 0x1000:
-        hva = _two_pages(v, lin, m.width, m.access, m.bank, 1, &r)
+        hva = _two_pages(v, lin, m.width, m.access, bank, 1, &r)
     else:
         hva = 0
-        r = mmu_page(v, lin, m.access, m.bank, &hva, &info)
+        r = mmu_page(v, lin, m.access, bank, &hva, &info)
         if r == R_OK and info & MMU_CODE and m.access == ACCESS_WRITE:
             code_written(v, hva, m.width)
     if r != R_OK:
@@ -269,6 +284,9 @@ cdef int _block(Vcpu* v, Cache* c, uint64_t mode, Block** out) noexcept nogil:
     cdef uint64_t dropped
     if not mode & (2 << MODE_SIZE_SHIFT):
         lin = (lin + (mode >> MODE_CSBASE_SHIFT)) & <uint64_t>0xFFFFFFFF
+        if v.rip > v.seg[SEG_CS].limit:
+            _fault(v, 13, 1)
+            return R_FAULT
     r = mmu_fetch(v, lin, bank, &page, &info)
     if r != R_OK:
         return r
@@ -423,6 +441,11 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 continue
         v.n.dispatches += 1
         mode = compute_mode(v)
+        if mode >> MODE_LIMIT_SHIFT & CS_LIMITS_FULL == CS_LIMITS_FULL:
+            cache_reset(c)
+            segments_forget(v)
+            link = NULL
+            mode = compute_mode(v)
         if (mode & ~<uint64_t>MODE_BANK_BITS) != v.ibt_mode:
             v.ibt_mode = mode & ~<uint64_t>MODE_BANK_BITS
             ibt_flush(v, 0)
@@ -478,6 +501,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             c.micro_ops[((insn.map & 3) << 8) | insn.opcode] += 1
             if insn.cls == C_INVALID:
                 _fault(v, 6, 0)
+                r = R_FAULT
+            elif insn.cls == C_LIMIT:
+                _fault(v, 13, 1)
                 r = R_FAULT
             elif insn.cls == C_COPY:
                 # an x87 or vector instruction under CR0.TS or CR0.EM

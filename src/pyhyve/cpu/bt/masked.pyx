@@ -8,6 +8,7 @@ from pyhyve.cpu.bt.debug cimport data_watched, note_data
 from pyhyve.cpu.bt.decode cimport MASKED_PACKED, MASKED_VECTOR
 from pyhyve.cpu.bt.hostregs cimport bt_get_k, bt_get_ymm
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, mmu_page, mmu_write
+from pyhyve.cpu.bt.segments cimport segment_check
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.thunks cimport MaskMeta
 
@@ -70,7 +71,7 @@ cdef uint64_t _address(Vcpu* v, uint64_t lin, MaskMeta* m, uint64_t wanted, int*
     cdef uint32_t first = 0x1000 - <uint32_t>(lin & 0xFFF)      # bytes of the operand in its first page
     cdef uint32_t low, high, k
     cdef int access = m.miss.access
-    cdef int bank = m.miss.bank
+    cdef int bank = m.miss.bank & 3
     low = bt_first_bit(wanted)
     high = bt_last_bit(wanted) + 1
     if not m.slow and data_watched(v, lin + low, high - low, access):
@@ -121,7 +122,14 @@ cdef uint64_t _address(Vcpu* v, uint64_t lin, MaskMeta* m, uint64_t wanted, int*
 
 cdef uint64_t masked_address(Vcpu* v, uint64_t lin, MaskMeta* m, int* r) noexcept nogil:
     cdef uint64_t wanted = selected_bytes(m)
-    cdef uint64_t hva = _address(v, lin, m, wanted, r) if wanted else bounce_of(v, lin)
+    cdef uint64_t hva
+    cdef uint32_t low
+    if m.miss.bank > 3:
+        low = bt_first_bit(wanted) if wanted else 0
+        r[0] = segment_check(v, &lin, m.miss.bank, low, bt_last_bit(wanted) + 1 - low if wanted else 0, m.miss.access)
+        if wanted and r[0] != R_OK:
+            return 0
+    hva = _address(v, lin, m, wanted, r) if wanted else bounce_of(v, lin)
     if hva and wanted and m.slow:
         note_data(v, lin + bt_first_bit(wanted), bt_last_bit(wanted) + 1 - bt_first_bit(wanted), m.miss.access)
     return hva

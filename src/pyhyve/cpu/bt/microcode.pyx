@@ -151,7 +151,7 @@ cdef int indirect(Vcpu* v, Insn* i) noexcept nogil:
     if i.mod == 3:
         return undefined(v)
     size = operand_size(v, i)
-    r = read_mem(v, i, size + 2, words)
+    r = read_parts(v, i, size + 2, size, words)
     if r != R_OK:
         return r
     return far_transfer(v, i, (<uint16_t*>(<uint64_t>words + size))[0], words[0] & size_mask(size), size, op == 3)
@@ -518,12 +518,12 @@ cdef int bound(Vcpu* v, Insn* i) noexcept nogil:
     cdef int64_t index, low, high
     cdef int r
     if size == 2:
-        r = read_mem(v, i, 4, narrow)
+        r = read_parts(v, i, 4, 2, narrow)
         low = narrow[0]
         high = narrow[1]
         index = <int16_t>v.gpr[i.reg]
     else:
-        r = read_mem(v, i, 8, wide)
+        r = read_parts(v, i, 8, 4, wide)
         low = wide[0]
         high = wide[1]
         index = <int32_t>v.gpr[i.reg]

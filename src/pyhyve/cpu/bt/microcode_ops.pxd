@@ -32,6 +32,7 @@ cdef enum:
     CR0_ET = 16
     CR0_NE = 32
     CR0_WP = 1 << 16
+    CR0_AM = 1 << 18
     CR0_NW = 1 << 29
     CR0_CD = 1 << 30
 
@@ -132,16 +133,16 @@ cdef inline uint64_t size_mask(uint32_t size) noexcept nogil:
     return ~<uint64_t>0 if size == 8 else (<uint64_t>1 << (size * 8)) - 1
 
 cdef inline int advance(Vcpu* v, Insn* i) noexcept nogil:
-    """The instruction is done."""
+    """The instruction is done. IP does not wrap: behind offset FFFFH follows a fetch over the limit."""
     v.rip += i.length
     if not is64(v):
-        v.rip &= 0xFFFFFFFFULL if v.seg[SEG_CS].attr & ATTR_DB else 0xFFFFULL
+        v.rip &= 0xFFFFFFFFULL
     return R_OK
 
 cdef inline uint64_t next_rip(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t rip = v.rip + i.length
     if not is64(v):
-        rip &= 0xFFFFFFFFULL if v.seg[SEG_CS].attr & ATTR_DB else 0xFFFFULL
+        rip &= 0xFFFFFFFFULL
     return rip
 
 # --- registers -------------------------------------------------------------------------------------------------------
@@ -205,16 +206,34 @@ cdef inline int linear_checked(Vcpu* v, Segment* s, uint64_t offset, uint32_t si
     lin[0] = (s.base + offset) & 0xFFFFFFFFULL
     return R_OK
 
-cdef inline int read_mem(Vcpu* v, Insn* i, uint32_t size, void* out) noexcept nogil:
+cdef inline int aligned(Vcpu* v, uint64_t lin, uint32_t to) noexcept nogil:
+    """#AC where the program has asked for it: behind the checks of segmentation, before those of pages."""
+    if v.acflag and lin & (to - 1) and v.cpl == 3 and v.cr0 & CR0_AM and canonical(v, lin):
+        return fault_code(v, AC, 0)
+    return R_OK
+
+cdef inline uint32_t natural(uint32_t size) noexcept nogil:
+    """The alignment of an operand; pointers of 6 and images of 10 bytes count by doublewords."""
+    return 4 if size == 6 or size == 10 else size
+
+cdef inline int read_parts(Vcpu* v, Insn* i, uint32_t size, uint32_t to, void* out) noexcept nogil:
+    """The memory operand, aligned as its parts are."""
     cdef uint64_t lin = 0
     cdef int r = linear(v, i.seg, effective(v, i), size, ACCESS_READ, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, to)
     if r != R_OK:
         return r
     return mmu_read(v, lin, out, size, v.bank)
 
+cdef inline int read_mem(Vcpu* v, Insn* i, uint32_t size, void* out) noexcept nogil:
+    return read_parts(v, i, size, natural(size), out)
+
 cdef inline int write_mem(Vcpu* v, Insn* i, uint32_t size, const void* source) noexcept nogil:
     cdef uint64_t lin = 0
     cdef int r = linear(v, i.seg, effective(v, i), size, ACCESS_WRITE, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, natural(size))
     if r != R_OK:
         return r
     return mmu_write(v, lin, source, size, v.bank)
@@ -254,6 +273,8 @@ cdef inline int push_to(Vcpu* v, uint64_t* sp, const void* source, uint32_t size
     cdef uint64_t lin = 0
     cdef int r = linear(v, SEG_SS, at, size, ACCESS_WRITE, &lin)
     if r == R_OK:
+        r = aligned(v, lin, size)
+    if r == R_OK:
         r = mmu_write(v, lin, source, size, v.bank)
         if r == R_OK:
             sp[0] = at
@@ -263,6 +284,8 @@ cdef inline int pop_from(Vcpu* v, uint64_t* sp, void* out, uint32_t size) noexce
     """Pop `size` bytes; *sp moves, RSP does not."""
     cdef uint64_t lin = 0
     cdef int r = linear(v, SEG_SS, sp[0] & sp_mask(v), size, ACCESS_READ, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, size)
     if r == R_OK:
         r = mmu_read(v, lin, out, size, v.bank)
         if r == R_OK:

@@ -114,6 +114,8 @@ cdef int locate(Vcpu* v, int seg, uint64_t offset, uint64_t mask, uint32_t size,
     limit let run in one go (0: not even one in a page)."""
     cdef uint64_t most, last
     cdef int r = linear(v, seg, offset, size, access, lin)
+    if r == R_OK:
+        r = aligned(v, lin[0], size)
     if r != R_OK:
         return r
     most = chunk(lin[0], size, down)
@@ -151,9 +153,13 @@ cdef int in_out_string(Vcpu* v, Insn* i, uint32_t size) noexcept nogil:
         if i.opcode < 0x6E:
             r = linear(v, SEG_ES, v.gpr[RDI] & mask, size, ACCESS_WRITE, &lin)
             if r == R_OK:
+                r = aligned(v, lin, size)
+            if r == R_OK:
                 r = mmu_probe_write(v, lin, size, v.bank)
         else:
             r = linear(v, i.seg, v.gpr[RSI] & mask, size, ACCESS_READ, &lin)
+            if r == R_OK:
+                r = aligned(v, lin, size)
             if r == R_OK:
                 r = mmu_probe_read(v, lin, size, v.bank)
     if r != R_OK:
@@ -190,11 +196,20 @@ cdef int string_operation(Vcpu* v, Insn* i) noexcept nogil:
     v.n.rep_ops += rep
     while True:
         n = count
-        if op != S_STOS and op != S_SCAS:
-            r = locate(v, i.seg, v.gpr[RSI] & mask, mask, size, down, ACCESS_READ, &n, &src)
+        # what is looked at first is looked at to its page, before the other one's segment; as AMD's do
+        if op == S_CMPS and not rep:
+            r = locate(v, SEG_ES, v.gpr[RDI] & mask, mask, size, down, ACCESS_READ, &n, &dst)
+            if r == R_OK:
+                r = mmu_probe_read(v, dst, size, v.bank)
             if r != R_OK:
                 return r
-        if op != S_LODS:
+        if op != S_STOS and op != S_SCAS:
+            r = locate(v, i.seg, v.gpr[RSI] & mask, mask, size, down, ACCESS_READ, &n, &src)
+            if r == R_OK and (op == S_MOVS or (op == S_CMPS and rep)):
+                r = mmu_probe_read(v, src, size, v.bank)
+            if r != R_OK:
+                return r
+        if op != S_LODS and (op != S_CMPS or rep):
             r = locate(v, SEG_ES, v.gpr[RDI] & mask, mask, size, down,
                        ACCESS_WRITE if op == S_MOVS or op == S_STOS else ACCESS_READ, &n, &dst)
             if r != R_OK:

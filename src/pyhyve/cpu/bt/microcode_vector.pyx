@@ -128,8 +128,12 @@ cdef void init_components(Vcpu* v, uint64_t mask) noexcept nogil:
     bt_xrstor(at, mask)
 
 
-cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint64_t* lin) noexcept nogil:
+cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint32_t parts,
+                 uint64_t* lin) noexcept nogil:
+    """The linear address of an image: aligned always (#GP), and by its parts where the program asks for it (#AC)."""
     cdef int r = linear(v, i.seg, effective(v, i), size, access, lin)
+    if r == R_OK:
+        r = aligned(v, lin[0], parts)
     if r == R_OK and lin[0] & (align - 1):
         return gp0(v)
     return r
@@ -149,7 +153,7 @@ cdef int fxsave(Vcpu* v, Insn* i) noexcept nogil:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, 512, ACCESS_WRITE, 16, &lin)
+    r = operand(v, i, 512, ACCESS_WRITE, 16, 4, &lin)
     if r != R_OK:
         return r
     bt_fxsave(at)
@@ -166,7 +170,7 @@ cdef int fxrstor(Vcpu* v, Insn* i) noexcept nogil:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, 512, ACCESS_READ, 16, &lin)
+    r = operand(v, i, 512, ACCESS_READ, 16, 4, &lin)
     if r != R_OK:
         return r
     bt_fxsave(at)                                 # what the image does not hold stays
@@ -191,7 +195,7 @@ cdef int xsave(Vcpu* v, Insn* i, bint compact) noexcept nogil:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, size, ACCESS_WRITE, 64, &lin)
+    r = operand(v, i, size, ACCESS_WRITE, 64, 1, &lin)
     if r == R_OK:
         r = mmu_read(v, lin, <void*>at, size, v.bank)
     if r != R_OK:
@@ -218,7 +222,7 @@ cdef int xrstor(Vcpu* v, Insn* i) noexcept nogil:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, EXTENDED, ACCESS_READ, 64, &lin)
+    r = operand(v, i, EXTENDED, ACCESS_READ, 64, 1, &lin)
     if r == R_OK:
         r = mmu_read(v, lin, <void*>at, EXTENDED, v.bank)
     if r != R_OK:
@@ -306,7 +310,7 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
     cdef int r
     if v.cr0 & (CR0_EM | CR0_TS):
         return fault(v, NM)
-    r = operand(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 1, &lin)
+    r = operand(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 1, 2 if small else 4, &lin)
     if r != R_OK:
         return r
     if load:
@@ -363,6 +367,8 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
         bt_get_mm(i.reg & 7, <uint64_t>data)
         bt_get_mm(i.rm & 7, <uint64_t>mask)
     r = linear(v, i.seg, base, n, ACCESS_WRITE, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, 8)
     if r != R_OK:
         return r
     for k in range(n):

@@ -14,6 +14,7 @@ from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage
 from pyhyve.cpu.bt.debug cimport DR6_BS, debug_update
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
 from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
+from pyhyve.cpu.bt.segments cimport segments_init
 from pyhyve.cpu.bt.shared cimport SHARED_VCPUS, Inbox, Shared, SharedPage, inbox_put, shared_find
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport LEAVE_EXIT, LEAVE_FAULT
@@ -391,6 +392,7 @@ cdef class BtVcpu:
         self.v.bit_mask[0] = 63
         self.v.bit_mask[1] = 31
         self.v.bit_mask[2] = 15
+        segments_init(self.v)
         self.area = <void*>((<uintptr_t>&self.v.xsave_area[0] + 63) & ~<uintptr_t>63)
         self.c.shared = shared.s
         self.c.me = shared.s.n_vcpus

@@ -4,11 +4,12 @@ differ by a constant. RSP's version also survives pushes, pops and constant adds
 
 from libc.stdint cimport int32_t, uint32_t
 
-from pyhyve.cpu.bt.access cimport host_address, linear_address
+from pyhyve.cpu.bt.access cimport effective_address, host_address
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.kinds cimport is_pop_reg, is_push_reg
+from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, RBP, RCX, RSP, SEG_FS, SEG_GS, Vcpu
 from pyhyve.cpu.bt.thunks cimport SHARED
 
@@ -245,9 +246,12 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
 cdef void operand(T* t, int n, int access, uint32_t width, int live) noexcept nogil:
     """r10 = host address of instruction n's memory operand."""
     cdef Access* a = &t.acc[n][0]
+    cdef Insn* i = &t.insns[n]
     if a.valid and a.width == width and _shared(t, n, 0, a.off, a.disp, width, live):
         return
-    linear_address(t, &t.insns[n], t.rips[n] + t.insns[n].length, 1)
+    effective_address(t, i, t.rips[n] + i.length)
+    add_segment(t, i.seg, access, width)
+    add_alignment(t, i, width)
     host_address(t, n, access, width, live)
 
 
@@ -257,4 +261,5 @@ cdef void stack_operand(T* t, int n, int base, int32_t disp, int access, uint32_
     if a.valid and _shared(t, n, 1, a.off + disp - a.disp, disp, width, live):
         return
     lea_rd(&t.e, H_T0, host_of(base), disp, 1)
+    add_alignment(t, NULL, width)
     host_address(t, n, access, width, live)

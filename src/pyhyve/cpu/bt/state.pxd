@@ -217,6 +217,10 @@ cdef struct Vcpu:
     uint64_t tlb_mask
     uint64_t page_mask           # ~0xfff
     uint64_t bit_mask[3]         # 63, 31, 15: PEXT masks of bit offsets
+    uint64_t guard_read[6]       # what segments.pxd explains: offset + base + guard tells an access that may be wrong
+    uint64_t guard_write[6]
+    uint64_t guard_open[6]       # GUARD where the segment needs a check, else 0
+    uint64_t guard_bit           # GUARD: a PDEP mask
     uint64_t miss_info           # set by thunks: address behind the call in the stub
     uint64_t miss_lin
     uint64_t leave_reason        # why generated code was left
@@ -274,6 +278,9 @@ cdef struct Vcpu:
     uint32_t vcpu_id
     Exit exit
     Counters n
+    uint32_t cs_limits[64]       # limits of code segments seen: the mode key has an index
+    uint32_t n_cs_limits
+    uint32_t cs_limit            # index of the last one
     void* cache                  # the code cache (codecache.pyx)
     uint64_t mode_key            # of the blocks that may run now
     uint64_t ibt_mode            # the mode (without the bits that choose a bank) for which ibt[] is filled

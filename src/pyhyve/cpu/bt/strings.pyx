@@ -55,7 +55,7 @@ cdef bint emit_string(T* t, int n) noexcept nogil:
     cdef int32_t keep2 = OFF(&(<Vcpu*>NULL).save_rax)
     cdef int k
     cdef Stub* s
-    if t.size != 64 or t.slow or i.addrsize != 8 or i.prefixes & P_SEG or i.map != 0:
+    if t.size != 64 or t.slow or t.align or i.addrsize != 8 or i.prefixes & P_SEG or i.map != 0:
         return False
     if not (op == 0xAA or op == 0xAB or op == 0xA4 or op == 0xA5 or ((op & 0xFE) == 0xAC and not rep)):
         return False

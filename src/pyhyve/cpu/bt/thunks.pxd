@@ -32,7 +32,7 @@ ctypedef packed struct MissMeta:    # behind a call of the miss, slow or commit 
     int32_t resume          # where to go on: its address less this structure's
     uint16_t width
     uint8_t access
-    uint8_t bank
+    uint8_t bank            # bits 0-1; bits 2-4: 1 + the segment to check, bits 5-7: logarithm of the alignment to check
 
 ctypedef packed struct MaskMeta:    # behind a call of the masked thunk
     MissMeta miss

@@ -32,7 +32,8 @@ instructions), exits (the cold part), thunks (what the cold part calls).
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT, MODE_SLOW,
+    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT,
+    MODE_SLOW,
     Block, Cache,
     block_new, cache_room, ibt_hash,
 )
@@ -45,6 +46,7 @@ from pyhyve.cpu.bt.exits cimport emit_stubs, go, micro_end, micro_inline, new_st
 from pyhyve.cpu.bt.flow cimport emit_branch, emit_stack
 from pyhyve.cpu.bt.kinds cimport ends_block, is_jcc, is_opmask, is_vector
 from pyhyve.cpu.bt.liveness cimport find_liveness
+from pyhyve.cpu.bt.segments cimport segments_begin
 from pyhyve.cpu.bt.sharing cimport find_accesses
 from pyhyve.cpu.bt.state cimport BANK_KERNEL, BANK_KERNEL_AC, BANK_USER, IBT_ENTRIES, WATCH_FETCH, Vcpu
 from pyhyve.cpu.bt.strings cimport emit_string
@@ -134,7 +136,8 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     t.size = 16 if k == 0 else (32 if k == 1 else 64)
     t.cpl = mode & MODE_CPL
     t.bank = BANK_USER if t.cpl == 3 else (BANK_KERNEL_AC if mode & MODE_AC else BANK_KERNEL)
-    t.csbase = (mode >> MODE_CSBASE_SHIFT) & 0xFFFFFFFFULL if t.size != 64 else 0
+    t.csbase = (mode >> MODE_CSBASE_SHIFT & <uint64_t>0xFFFFFFFF) if t.size != 64 else 0
+    segments_begin(&t)
     t.page = (rip + t.csbase) & ~<uint64_t>0xFFF
     t.n = 0
     t.n_stubs = 0
@@ -150,9 +153,11 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         n = decode(joined, 15, t.size, &t.insns[0])
         if n > avail:
             t.straddle = 1
-        if n <= 0 or undefined_here(v, &t.insns[0], mode):
+        if n <= 0 or rip + n - 1 > t.limit:
+            t.insns[0].cls = C_LIMIT
+            n = n if n > 0 else 15
+        elif undefined_here(v, &t.insns[0], mode):
             t.insns[0].cls = C_INVALID
-            n = n if n > 0 else 1
         t.rips[0] = rip
         t.n = 1
         t.insns[0].length = <uint8_t>n
@@ -169,10 +174,14 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                     return NULL
                 break
             if n < 0:
-                i.cls = C_INVALID
+                i.cls = C_LIMIT
                 i.length = 15
                 n = 15
-            if (i.feature or i.enc) and undefined_here(v, i, mode):
+            if pc + n - 1 > t.limit:
+                if t.n:
+                    break
+                i.cls = C_LIMIT
+            elif i.cls != C_LIMIT and (i.feature or i.enc) and undefined_here(v, i, mode):
                 i.cls = C_INVALID
             t.rips[t.n] = pc
             t.n += 1
@@ -182,8 +191,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
             if i.cls == C_BRANCH and is_jcc(i) and n_jcc < MAX_JCC and left > 0 and t.n < limit:
                 n_jcc += 1
                 continue
-            if i.cls == C_BRANCH or i.cls == C_INVALID or (ends_block(i) and not (
-                    i.map == 0 and i.opcode == 0xFB and i.cls == C_SYSTEM)):
+            if ends_block(i) and not (i.map == 0 and i.opcode == 0xFB and i.cls == C_SYSTEM):
                 break
             if left <= 0:
                 break
@@ -240,7 +248,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
             if k + 1 == t.n or not is_jcc(i) or t.next_poll >= 0:
                 done = 1
                 break
-        elif i.cls == C_INVALID:
+        elif i.cls == C_INVALID or i.cls == C_LIMIT:
             micro_end(&t, k)
             done = 1
             break
