@@ -8,13 +8,14 @@ Intel SDM vol 2; for the faults, vol 3, "Page-Fault Exceptions" and vol 1, "Oper
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Protocol
 
-from iced_x86 import Decoder, Instruction, Mnemonic
+from iced_x86 import Decoder, FlowControl, Instruction, Mnemonic
 
 from pyhyve.base.errors import GuestFault
 from pyhyve.cpu.processor import VcpuBackend
+from pyhyve.vmm.assist import Access, Assistant, memory_accesses
 from pyhyve.vmm.operand import MEM, REG, Operand, operands
 from pyhyve.vmm.vcpu import Vcpu
 
@@ -55,7 +56,7 @@ class Devices(Protocol):
 class _Plan:
     """A decoded instruction, ready to be carried out."""
 
-    __slots__ = ("length", "operands", "repeat", "run", "size", "while_equal")
+    __slots__ = ("instruction", "length", "operands", "repeat", "run", "size", "while_equal")
 
     def __init__(
         self,
@@ -65,6 +66,7 @@ class _Plan:
         length: int,
         repeat: bool,
         while_equal: bool | None,
+        instruction: Instruction | None = None,
     ) -> None:
         self.run = run
         self.operands = operands
@@ -72,20 +74,22 @@ class _Plan:
         self.length = length
         self.repeat = repeat
         self.while_equal = while_equal
+        self.instruction = instruction
 
 
 class InstructionEmulator:
     """Carries out one instruction at a time on one vCPU."""
 
-    def __init__(self, vcpu: Vcpu, memory: Memory, devices: Devices) -> None:
+    def __init__(self, vcpu: Vcpu, memory: Memory, devices: Devices, assistant: Assistant | None = None) -> None:
         self._vcpu = vcpu
+        self._assistant = assistant
         self._backend: VcpuBackend = vcpu.backend
         self._memory = memory
         self._devices = devices
         self._plans: dict[tuple[int, int, bytes], _Plan] = {}
         self._bits = 64
         self.unknown: Counter[str] = Counter()
-        """Instructions that are not emulated (they got #UD), by their bytes in hexadecimal."""
+        """Instructions that could not be carried out (they got #UD), as the assembler writes them."""
 
     def emulate(self) -> None:
         """Carry out the instruction at RIP and go past it. Raises GuestFault for the fault that it causes."""
@@ -132,8 +136,7 @@ class InstructionEmulator:
         found = operands(instruction)
         handler = _HANDLERS.get(instruction.mnemonic)
         if handler is None or found is None:
-            self.unknown[code[: instruction.len].hex()] += 1
-            raise GuestFault(6)
+            return _Plan(self._assisted, [], 0, instruction.len, False, None, instruction)
         size = next((each.size for each in found if each.kind == MEM), 0) or (found[0].size if found else 0)
         for each in found:
             each.size = each.size or size
@@ -249,6 +252,42 @@ class InstructionEmulator:
 
     def _done(self, plan: _Plan) -> None:
         self._backend.skip(plan.length)
+
+    def _assisted(self, plan: _Plan) -> None:
+        """What is not emulated here, the processor does itself, on copies of the devices' bytes."""
+        assert plan.instruction is not None
+        accesses = []
+        backend = self._backend
+        for linear, size, reads, writes in memory_accesses(plan.instruction, backend.get_gpr, self._anywhere) or ():
+            for at, length in _within_pages(linear, size):
+                gpa = backend.translate(at, 1 if writes else 0)
+                if gpa is not None and not self._is_memory(gpa):
+                    accesses.append(Access(gpa, length, reads, writes))
+        behind = backend.get("rip") + plan.length
+        branches = plan.instruction.flow_control != FlowControl.NEXT
+        if (
+            self._assistant is None
+            or not accesses
+            or not self._assistant.run(accesses, backend.exit, lambda: branches or backend.get("rip") == behind)
+        ):
+            self.unknown[str(plan.instruction)] += 1
+            raise GuestFault(6)
+
+    def _anywhere(self, segment: str, offset: int, size: int) -> int:
+        """The linear address, unchecked: the processor will check it."""
+        if self._bits == 64 and segment not in ("fs", "gs"):
+            return offset
+        linear = offset + self._backend.get_segment(segment).base
+        return linear & (_MASKS[8] if self._bits == 64 else 0xFFFF_FFFF)
+
+    def _is_memory(self, gpa: int) -> bool:
+        if self._devices.is_device(gpa):
+            return False
+        try:
+            self._memory.read(gpa, 1)
+        except IndexError:
+            return False
+        return True
 
     # -- moves ---------------------------------------------------------------------------------------------------------
 
@@ -536,6 +575,14 @@ class InstructionEmulator:
 
 
 # -- flags, "EFLAGS Cross-Reference" -----------------------------------------------------------------------------------
+
+
+def _within_pages(linear: int, size: int) -> Iterator[tuple[int, int]]:
+    """Return (address, size) for each page that a range is in."""
+    while size:
+        length = min(size, 0x1000 - (linear & 0xFFF))
+        yield linear, length
+        linear, size = linear + length & _MASKS[8], size - length
 
 
 def _signed(value: int, size: int) -> int:

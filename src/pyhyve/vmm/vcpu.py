@@ -13,9 +13,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from pyhyve.base.errors import HostError
+from pyhyve.cpu.exits import EXTERNAL_INTERRUPT
 from pyhyve.cpu.processor import INJECT_EXCEPTION, INJECT_EXTERNAL, INJECT_NMI, Segment, VcpuBackend
 from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.tsc import GuestTsc
@@ -67,6 +68,17 @@ class Pmap(Protocol):
     def activate(self, vcpu: int) -> int: ...
 
     def deactivate(self, vcpu: int) -> None: ...
+
+
+_OTHER_TABLES: Final = (1 << 64) - 1
+"""A generation that the VM's own nested page tables never have."""
+
+
+@runtime_checkable
+class SingleSteps(Protocol):
+    """An engine that can end `run()` behind each instruction."""
+
+    def single_step(self, wanted: bool) -> None: ...
 
 
 class Vcpu:
@@ -168,6 +180,29 @@ class Vcpu:
         if not self.attention:
             self._wake.acquire()
         self.sleeping = False
+
+    @property
+    def eptp(self) -> int:
+        return self._pmap.eptp
+
+    def step(self, eptp: int) -> int:
+        """Run the instruction at RIP with other nested page tables, or bring the guest to the handler of its fault;
+        return the exit's reason, MONITOR_TRAP if that was possible. The engine must be able to `single_step`."""
+        backend = self.backend
+        assert isinstance(backend, SingleSteps)
+        backend.request_interrupt_window(False)
+        backend.request_nmi_window(False)
+        backend.set_ept(eptp, _OTHER_TABLES)
+        backend.single_step(True)
+        try:
+            while (reason := backend.run()) == EXTERNAL_INTERRUPT:
+                self.attention = True
+        finally:
+            backend.single_step(False)
+            backend.set_ept(self._pmap.eptp, self.ept_generation)
+            backend.request_interrupt_window(self._window)
+            backend.request_nmi_window(self._nmi_window)
+        return reason
 
     def enter_tables(self) -> None:
         """Say that the guest's nested page tables are in use, and flush if they are newer than those used last."""

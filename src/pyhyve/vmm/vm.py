@@ -25,7 +25,7 @@ from pyhyve.vmm.memory.vmspace import Vmspace
 from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.runloop import Emulator, RunLoop, dump_registers
 from pyhyve.vmm.tsc import GuestTsc, PvClock
-from pyhyve.vmm.vcpu import HALTED, RUNNING, WAIT_SIPI, Vcpu
+from pyhyve.vmm.vcpu import HALTED, RUNNING, WAIT_SIPI, SingleSteps, Vcpu
 
 _JOIN_S: Final = 5.0
 _RFLAGS_IF: Final = 1 << 9
@@ -386,9 +386,12 @@ class Vm:
 
 def _emulator(loop: RunLoop) -> Emulator:
     """Load instruction emulation (and its decoder) when the first guest needs it."""
+    from pyhyve.vmm.assist import Assistant
     from pyhyve.vmm.instruction import InstructionEmulator
 
-    return InstructionEmulator(loop.vcpu, loop.memory, loop)
+    steps = isinstance(loop.vcpu.backend, SingleSteps)
+    assistant = Assistant(loop.vcpu, loop, loop.memory.fault) if steps else None
+    return InstructionEmulator(loop.vcpu, loop.memory, loop, assistant)
 
 
 def _one_line(error: BaseException) -> str:

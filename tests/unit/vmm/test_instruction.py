@@ -427,7 +427,7 @@ def test_code_that_cannot_be_decoded_is_undefined(bench):
         bench.emulator.emulate()
     assert caught.value.vector == 6
     assert bench.fault("0f7f07")[0] == 6  # movq [rdi], mm0
-    assert bench.emulator.unknown["0f7f07"] == 1
+    assert bench.emulator.unknown["movq [rdi],mm0"] == 1
 
 
 def test_decoding_is_kept_by_address_and_bytes(bench):
