@@ -10,7 +10,7 @@ from typing import Final
 
 import pytest
 from asm import MISSING
-from harness import CODE, DATA, PAGE_BYTES, RF, STACK, TF, Machine, Mode, Outcome, engine_called, run_asm
+from harness import CODE, DATA, PAGE_BYTES, RF, STACK, TF, Machine, Mode, Outcome, engine_called, host_flags, run_asm
 
 from pyhyve.cpu import exits
 
@@ -399,8 +399,9 @@ def test_a_step_that_mov_ss_suppressed_does_not_come_later() -> None:
     assert steps("mov eax, ss; mov ss, eax; .byte 0xf1; nop") == [2, 5, 6]
 
 
-def test_an_instruction_breakpoint_behind_mov_ss_is_lost() -> None:
-    assert log("mov eax, ss; mov ss, eax; inc ebx; nop", watch(CODE + 4, EXEC)).hits == []
+def test_an_instruction_breakpoint_behind_mov_ss_is_lost_on_intel() -> None:
+    kept = [(4, 1)] if "AuthenticAMD" in host_flags() else []
+    assert log("mov eax, ss; mov ss, eax; inc ebx; nop", watch(CODE + 4, EXEC)).hits == kept
     assert log("mov eax, ss; mov ss, eax; inc ebx; nop", watch(CODE + 6, EXEC)).hits == [(6, 1)]
 
 

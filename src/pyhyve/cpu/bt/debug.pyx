@@ -86,8 +86,8 @@ cdef int debug_fetch(Vcpu* v, int* alone) noexcept nogil:
     v.sysflags &= ~<uint32_t>F_RF
     if v.debug & WATCH_STEP:
         alone[0] = 1
-    if not v.debug & WATCH_FETCH or v.shadow == SHADOW_SS:
-        return R_OK
+    if not v.debug & WATCH_FETCH or (v.shadow == SHADOW_SS and not v.amd):
+        return R_OK                              # on AMD, MOV SS does not hold back instruction breakpoints
     if not (v.efer & EFER_LMA and v.seg[SEG_CS].attr & ATTR_L):
         lin = (lin + v.seg[SEG_CS].base) & 0xFFFFFFFFULL
     hits = watched(v, lin, lin, WATCH_FETCH)

@@ -294,7 +294,7 @@ cdef int group7(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t value, lin
     cdef int r
     if i.mod == 3:
-        if i.modrm == 0xC1:                       # VMCALL
+        if i.modrm == (0xD9 if v.amd else 0xC1):  # VMMCALL, VMCALL: each vendor has its own
             v.exit.reason = X_VMCALL
             v.exit.length = i.length
             v.exit.qualification = 0
