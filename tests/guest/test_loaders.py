@@ -235,3 +235,104 @@ def test_list_of_devices(command: CommandLine) -> None:
     ended = command.run("run", "-l", "help")
     assert ended.status == 0
     assert "isa-debug-exit" in ended.stdout
+
+
+def test_a_vector_instruction_may_have_a_device_as_its_operand(tmp_path: Path) -> None:
+    kernel = multiboot(
+        f"""
+        mov eax, cr4
+        or eax, 0x200
+        mov cr4, eax
+        mov dword ptr [0xff000ff8], 0x04030201
+        mov dword ptr [0xff000ffc], 0x08070605
+        mov dword ptr [0xff001000], 0x0c0b0a09
+        movups xmm0, [0xff000ff9]                   # over the end of a page
+        paddb xmm0, xmm0
+        movups [0xff002003], xmm0
+        fild dword ptr [0xff002003]
+        fistp dword ptr [0xff003000]
+        mov eax, [0xff003000]
+        {EXIT}
+        """,
+        tmp_path,
+    )
+    assert run(kernel)[0].value == 0x0A080604
+
+
+def test_fault_of_such_an_instruction_is_the_guests(tmp_path: Path) -> None:
+    """MOVAPS wants its operand aligned: #GP, by a gate that leads to `handler`."""
+    kernel = multiboot(
+        f"""
+        mov eax, cr4
+        or eax, 0x200
+        mov cr4, eax
+        sgdt [{PAGE}]
+        lea eax, handler
+        mov word ptr [{PAGE + 0x1000 + 13 * 8}], ax
+        mov word ptr [{PAGE + 0x1002 + 13 * 8}], cs
+        mov word ptr [{PAGE + 0x1004 + 13 * 8}], 0x8e00
+        shr eax, 16
+        mov word ptr [{PAGE + 0x1006 + 13 * 8}], ax
+        mov word ptr [{PAGE}], 0x7ff
+        mov dword ptr [{PAGE + 2}], {PAGE + 0x1000}
+        lidt [{PAGE}]
+        at: movaps [0xff000008], xmm0
+        mov eax, 1
+        {EXIT}
+        handler:
+        mov eax, [esp + 4]
+        sub eax, offset at
+        add eax, 0x10
+        {EXIT}
+        """,
+        tmp_path,
+    )
+    assert run(kernel)[0].value == 0x10
+
+
+def test_multiboot_kernel_finds_a_ticking_timer(tmp_path: Path) -> None:
+    """As a PC's BIOS leaves it: in real mode, the timer's interrupt counts at 0x46C."""
+    kernel = multiboot(
+        """
+        mov word ptr [0x7000], 0x3ff
+        mov dword ptr [0x7002], 0
+        lidt [0x7000]
+        mov esi, offset real
+        mov edi, 0x7c00
+        mov ecx, 256
+        rep movsb
+        mov eax, offset gdt
+        mov [0x7012], eax
+        mov word ptr [0x7010], 23
+        lgdt [0x7010]
+        .byte 0xea
+        .long 0x7c00
+        .word 8
+        gdt: .quad 0, 0x00009b000000ffff, 0x000093000000ffff
+        .code16
+        real:
+        mov ax, 16
+        mov ds, ax
+        mov ss, ax
+        mov es, ax
+        mov eax, cr0
+        and al, 0xfe
+        mov cr0, eax
+        .byte 0xea
+        .word 0x7c20, 0
+        .org real + 0x20, 0x90
+        xor ax, ax
+        mov ds, ax
+        mov ss, ax
+        mov sp, 0x7000
+        sti
+        1: hlt
+        mov eax, [0x46c]
+        cmp eax, 2
+        jb 1b
+        mov dx, 0xf4
+        out dx, eax
+        """,
+        tmp_path,
+    )
+    assert run(kernel)[0].value == 2

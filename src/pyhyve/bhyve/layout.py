@@ -60,7 +60,10 @@ SMBIOS_BASE: Final = 0xF1000
 ACPI_BASE: Final = 0xF2400
 """The RSDP, then all tables, as in bhyve. On a 16-byte boundary between 0xE0000 and 0xFFFFF, where a guest scans
 (ACPI specification, "Finding the RSDP on IA-PC Systems")."""
-ACPI_LIMIT: Final = BIOS_LIMIT
+BIOS_STUBS: Final = 0xFFE00
+"""What real-mode interrupt vectors lead to, where a BIOS would have started the kernel."""
+
+ACPI_LIMIT: Final = BIOS_STUBS
 RSDP: Final = ACPI_BASE
 
 KERNEL_BASE: Final = 1 * MIB

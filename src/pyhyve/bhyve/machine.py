@@ -15,6 +15,7 @@ from pyhyve.base.errors import UsageError
 from pyhyve.base.protocols import IoHandler, IrqPin
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import build_acpi
+from pyhyve.bhyve.boot import bios
 from pyhyve.bhyve.boot.loader import load_kernel
 from pyhyve.bhyve.boot.state import BootState
 from pyhyve.bhyve.config import MachineConfig, format_size
@@ -250,6 +251,8 @@ class Machine:
         backend = vcpu.backend
         assert isinstance(vcpu.vlapic, Vlapic)
         vcpu.vlapic.virtual_wire()
+        if state.bios:
+            bios.set_up_interrupts(self.vatpic, self.vatpit)
         for name, segment in state.segments.items():
             backend.set_segment(name, segment)
         backend.set_table("gdtr", state.gdt_base, state.gdt_limit)

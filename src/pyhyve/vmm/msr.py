@@ -151,10 +151,11 @@ class MsrTable:
         self._define(BIOS_UPDATE, None, _ignore)
         self._define(SPEC_CTRL, self._read, self._write_spec_ctrl)
         self._define(PRED_CMD, None, _ignore)
-        self._define(FLUSH_CMD, None, _ignore)
         if not hardware:
             self._constant(ARCH_CAPABILITIES, ARCH_CAPABILITIES_IMMUNE)
         self._plain(DEBUGCTL, 0)
+        # AMD has none, but every hypervisor that guests know shows it.
+        self._plain(MISC_ENABLE, MISC_ENABLE_FAST_STRINGS | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE)
         for number in range(0x1DB, 0x1DF):  # last branch and last interrupt: none recorded
             self._constant(number, 0)
         if intel:
@@ -224,13 +225,13 @@ class MsrTable:
         self._values[MTRR_DEF_TYPE] = _MTRR_ENABLE | _WRITE_BACK
 
     def _define_intel(self) -> None:
+        self._define(FLUSH_CMD, None, _ignore)
         self._constant(PLATFORM_ID, 0)
         self._constant(FEATURE_CONTROL, 1)  # locked, with VMX off
         ratio = round(self._tsc.khz / 100_000) & 0xFF
         self._constant(PLATFORM_INFO, ratio << 8)
         self._constant(PERF_STATUS, ratio << 8)
         self._plain(PERF_CTL, 0)
-        self._plain(MISC_ENABLE, MISC_ENABLE_FAST_STRINGS | MISC_ENABLE_BTS_UNAVAILABLE | MISC_ENABLE_PEBS_UNAVAILABLE)
         self._values[BIOS_SIGN_ID] = 1 << 32
 
     def _define_amd(self) -> None:

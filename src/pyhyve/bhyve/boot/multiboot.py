@@ -3,6 +3,7 @@
 Source: Multiboot Specification version 0.6.96, "OS image format", "Machine state", "Boot information format".
 """
 
+import dataclasses
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Final
 from pyhyve.base.errors import UsageError
 from pyhyve.base.protocols import GuestMemory
 from pyhyve.bhyve import layout
-from pyhyve.bhyve.boot import elf, placing, protected
+from pyhyve.bhyve.boot import bios, elf, placing, protected
 from pyhyve.bhyve.boot.files import ModuleFile
 from pyhyve.bhyve.boot.placing import Block, Extent, Module, Piece
 from pyhyve.bhyve.boot.state import BootState
@@ -105,10 +106,12 @@ def load_multiboot(
     command_line = placing.encode_text(cmdline, "kernel command line")
     block = _information(image, placed, command_line, behind, low_ram, high_ram, subject)
 
+    bios.write_memory(memory)  # first: an image may well lie over it
     for piece in (*image.pieces, *(module.piece for module in placed), Piece(block.address, bytes(block.data))):
         placing.write_piece(memory, piece)
     gdt = block.address + len(block.data) - protected.GDT_SIZE
-    return protected.entry_state(memory, gdt, rip=image.entry, rax=LOADER_MAGIC, rbx=block.address)
+    state = protected.entry_state(memory, gdt, rip=image.entry, rax=LOADER_MAGIC, rbx=block.address)
+    return dataclasses.replace(state, bios=True)
 
 
 def _from_elf(data: bytes, subject: str) -> _Image:

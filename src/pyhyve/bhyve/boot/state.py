@@ -25,6 +25,8 @@ class BootState:
     cr3: int = 0
     cr4: int = 0
     efer: int = 0
+    bios: bool = False
+    """Whether the kernel may count on interrupt controllers and timer as a PC's BIOS leaves them."""
     rsp: int = 0
     rsi: int = 0
     """Linux's boot protocol: the guest-physical address of struct boot_params."""
