@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, its reading of a guest's console, and that nothing of it is left behind."""
 
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import console  # noqa: E402 - these are found by the path above
 import devices  # noqa: E402
 import engine  # noqa: E402
 import guests  # noqa: E402
+import many  # noqa: E402
 import results  # noqa: E402
 from console import Measured, parse, workload_started  # noqa: E402
 from processes import BenchError, Finished, Line, Signals, run_to_end  # noqa: E402
@@ -417,3 +419,29 @@ def test_what_the_engine_measures_is_documented() -> None:
     text = (BENCH.parent / "docs" / "performance.md").read_text(encoding="utf-8")
     section = text.partition("## Single operations")[2].partition("\n## ")[0]
     assert re.findall(r"^\| (\w+) \| [\d,.]+ \| [\d,.]+ \|", section, re.MULTILINE) == list(engine.NAMES)
+
+
+# -- many guests -------------------------------------------------------------------------------------------------------
+
+
+def test_guests_are_waited_for_until_each_is_at_its_prompt() -> None:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        started = many.Guests(stack)
+        for _ in range(3):
+            started.start(shell("printf 'boot\\nroot@pyhyve:~\033[0m# '; sleep 60"))
+        started.await_prompts(signals, 20)
+        pids = [process.pid for process in started.processes]
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("script", "fault"), [("echo no", "ended before its prompt"), ("sleep 60", "1 guests are not")]
+)
+def test_a_guest_that_does_not_get_to_its_prompt_is_an_error(script: str, fault: str) -> None:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        started = many.Guests(stack)
+        started.start(shell(script))
+        with pytest.raises(BenchError, match=fault):
+            started.await_prompts(signals, 1)

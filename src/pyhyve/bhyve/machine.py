@@ -5,6 +5,7 @@ bridge. Addresses are `layout`'s.
 """
 
 import contextlib
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -142,6 +143,7 @@ class Machine:
         for gpa, table in build_acpi(self.config.cpus, high, fwcfg=has_fwcfg):
             vm.memory.write(gpa, table)
         self._boot(load_kernel(vm.memory, self.config.files, low, high, rsdp=layout.RSDP))
+        _release_heap()
 
     def _add_interrupt_controllers(self) -> None:
         vm = self.vm
@@ -425,3 +427,10 @@ class _Bars:
             self._mapped.remove((kind, base, size))
             bus = self._vm.ports if kind is BarKind.IO else self._vm.mmio
             bus.detach(base, size)
+
+
+def _release_heap() -> None:
+    """Give the host what the loader took to unpack the kernel: the C library would keep it for as long as we run."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
+    if trim is not None:
+        trim(0)
