@@ -29,6 +29,9 @@ PV_CLOCKSOURCE_STABLE: Final = 1 << 24
 # Notes of an engine (Capabilities.notes) that this policy heeds.
 NOTE_PCID: Final = "pcid"
 NOTE_AVX512: Final = "avx512"
+NOTE_PKU: Final = "pku"
+"""Protection keys are the engine's own: they work on any host."""
+NOTE_XSAVES: Final = "xsaves"
 NOTE_HARDWARE: Final = "hardware"
 """The guest runs on the host's processor itself: the host's own word on vulnerabilities is passed, not ours."""
 
@@ -76,8 +79,13 @@ _L7_1_EAX_AVX512: Final = _bits(5)
 _L7_1_EDX_PASS: Final = _bits(4, 5, 10)
 """AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16."""
 
-# Leaf 0DH, subleaf 1: XSAVEOPT, XSAVEC, XGETBV with ECX=1; not XSAVES, whose state components are a supervisor's.
+_L7_ECX_PKU: Final = _bits(3)
+
+# Leaf 0DH, subleaf 1: XSAVEOPT, XSAVEC, XGETBV with ECX=1, XSAVES. There are no supervisor components.
 _LD_1_EAX_PASS: Final = _bits(0, 1, 2)
+_LD_1_EAX_XSAVES: Final = _bits(3)
+
+XCR0_PKRU: Final = 1 << 9
 
 # Extended leaves.
 _E1_ECX_PASS: Final = _bits(0, 5, 6, 7, 8)
@@ -180,6 +188,8 @@ class CpuidPolicy:
     def xcr0(self) -> int:
         """The XCR0 bits that a guest may set: those that the engine passes and the host has."""
         mask = self.capabilities.xcr0 & self.host(0xD, 0)[0]
+        if NOTE_PKU in self.capabilities.notes:
+            mask |= XCR0_PKRU
         return mask if mask & 2 and self.host(1, 0)[2] >> 26 & 1 else 0
 
     @property
@@ -226,8 +236,9 @@ class CpuidPolicy:
             ecx_pass &= ~_bits(9, 10)
         speculation = edx & _L7_EDX_HARDWARE if self.hardware else _L7_EDX_MITIGATION
         sub1 = host(7, 1) if host(7, 0)[0] >= 1 else (0, 0, 0, 0)
+        pku = _L7_ECX_PKU if self.xcr0 & XCR0_PKRU else 0
         edx = edx & (_L7_EDX_AVX512 if avx512 else 0) | _L7_EDX_SHOW | speculation
-        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass, edx)
+        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass | pku, edx)
         eax = sub1[0] & (_L7_1_EAX_PASS | (_L7_1_EAX_AVX512 if avx512 else 0))
         yield CpuidEntry(7, 1, *((eax, 0, 0, sub1[3] & _L7_1_EDX_PASS) if self.xcr0 & 4 else (0, 0, 0, 0)))
 
@@ -259,12 +270,21 @@ class CpuidPolicy:
 
     def _xsave(self) -> Iterator[CpuidEntry]:
         """Leaf 0DH. The engine keeps EBX of subleaf 0 (the size for the present XCR0) itself where it can."""
-        components = [(n, self.host(0xD, n)) for n in range(2, 63) if self.xcr0 >> n & 1]
+        components = [(n, self._component(n)) for n in range(2, 63) if self.xcr0 >> n & 1]
         size = max([576, *(offset + length for _, (length, offset, _, _) in components)])
         yield CpuidEntry(0xD, 0, self.xcr0 & _ALL, size, size, self.xcr0 >> 32)
-        yield CpuidEntry(0xD, 1, self.host(0xD, 1)[0] & _LD_1_EAX_PASS, size, 0, 0)
+        passed = _LD_1_EAX_PASS | (_LD_1_EAX_XSAVES if NOTE_XSAVES in self.capabilities.notes else 0)
+        yield CpuidEntry(0xD, 1, self.host(0xD, 1)[0] & passed, size, 0, 0)
         for n, registers in components:
             yield CpuidEntry(0xD, n, *registers)
+
+    def _component(self, n: int) -> tuple[int, int, int, int]:
+        """(bytes, offset, flags, 0) of a state component: the host's, and PKRU behind those where it has none."""
+        found = self.host(0xD, n)
+        if n != 9 or found[0]:
+            return found
+        others = [self.host(0xD, k) for k in range(2, 9)]
+        return 8, max([576, *(size + offset for size, offset, flags, _ in others if not flags & 1)]), 0, 0
 
     def _hypervisor(self) -> Iterator[CpuidEntry]:
         def words(text: str) -> Sequence[int]:

@@ -48,6 +48,16 @@ def vendor(request):
     return request.param
 
 
+def test_what_an_engine_offers_beyond_the_common_is_shown(vendor):
+    shown = table(vendor, xcr0=0xE7, notes=("avx512", "pku", "xsaves"))
+    assert shown[7, 0].ebx >> 16 & 1
+    assert shown[7, 1].eax >> 5 & 1
+    assert shown[7, 0].ecx >> 3 & 1
+    assert shown[0xD, 1].eax >> 3 & 1
+    assert shown[0xD, 0].eax == 0x2E7
+    assert (0xD, 9) in shown
+
+
 def test_vendor_is_the_hosts(vendor):
     entry = table(vendor)[0, None]
     assert [entry.ebx, entry.edx, entry.ecx] == words(vendor)

@@ -69,6 +69,8 @@ cdef inline bint ends_block(Insn* i) noexcept nogil:
         return op == 0xF4 or op == 0x8E or op == 0xE4 or op == 0xE5 or op == 0xE6 or op == 0xE7 or 0xEC <= op <= 0xEF \
             or op == 0xFB
     if i.map == 1:
+        if op == 0x01 and (i.modrm == 0xD0 or i.modrm == 0xEE or i.modrm == 0xEF or i.modrm == 0xF9):
+            return False                         # XGETBV, RDPKRU, WRPKRU, RDTSCP
         # MOV CR/DR, LMSW and INVLPG (0F 01), CLTS, WRMSR, SYSCALL and its kin, XSETBV
         return op == 0x00 or op == 0x01 or op == 0x05 or op == 0x06 or op == 0x07 or 0x20 <= op <= 0x23 or op == 0x30 \
             or op == 0x32 or op == 0x34 or op == 0x35 or op == 0xB2 or op == 0xB4 or op == 0xB5 or op == 0xA9 or op == 0xA1

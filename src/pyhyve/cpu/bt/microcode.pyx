@@ -20,8 +20,9 @@ from pyhyve.cpu.bt.microcode_segments cimport (
 )
 from pyhyve.cpu.bt.microcode_strings cimport string_operation
 from pyhyve.cpu.bt.microcode_system cimport *
-from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, group15, masked_store, xsavec
+from pyhyve.cpu.bt.microcode_vector cimport fpu_environment, group15, masked_store
 from pyhyve.cpu.bt.microcode_vme cimport vm_restricted, vme_check, vme_flags, vme_load, vme_usable
+from pyhyve.cpu.bt.microcode_xsave cimport group9
 from pyhyve.cpu.bt.mmu cimport mmu_probe_write, mmu_read
 from pyhyve.cpu.bt.state cimport *
 
@@ -608,7 +609,7 @@ cdef int system1(Vcpu* v, Insn* i) noexcept nogil:
         return group15(v, i) if i.mod != 3 else fsgsbase(v, i)
     if op == 0xC7:
         if i.mod != 3:
-            return xsavec(v, i)
+            return group9(v, i)
         if i.prefixes & P_F3 and i.reg & 7 == 7:  # RDPID
             write_reg(v, i.rm, v.tsc_aux & 0xFFFFFFFFULL, 8 if is64(v) else 4)
             return advance(v, i)

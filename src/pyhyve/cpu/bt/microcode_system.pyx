@@ -11,7 +11,7 @@ from pyhyve.cpu.bt.debug cimport DR6_BD, DR7_GD, debug_update, note_port
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_vme cimport vme_cli_sti
-from pyhyve.cpu.bt.microcode_vector cimport init_components
+from pyhyve.cpu.bt.microcode_xsave cimport HOST_STATE, PKRU_STATE, init_components, pkru
 from pyhyve.cpu.bt.mmu cimport (mmu_flush_all, mmu_flush_nonglobal, mmu_flush_page, mmu_load_cr3, mmu_read, read_u16)
 from pyhyve.cpu.bt.state cimport *
 
@@ -41,7 +41,7 @@ cdef enum:
     CPUID_SLOTS = 32         # a cache of table indices behind the MMU's housekeeping, in ept_cache_val
     CPUID_CACHE = 224
 
-    XCR0_SUPPORTED = 0xE7    # x87, SSE, AVX, AVX-512: what the state area of the Vcpu has room for
+    MSR_XSS = 0xDA0
 
 
 cdef inline int need_cpl0(Vcpu* v) noexcept nogil:
@@ -105,7 +105,9 @@ cdef uint64_t cr4_allowed(Vcpu* v) noexcept nogil:
         mask |= CR4_SMEP
     if cpuid_has(v, 7, RBX, 20):
         mask |= CR4_SMAP
-    return mask                                   # protection keys are not offered
+    if cpuid_has(v, 7, RCX, 3):
+        mask |= CR4_PKE
+    return mask
 
 
 cdef int write_cr4(Vcpu* v, uint64_t value) noexcept nogil:
@@ -119,7 +121,7 @@ cdef int write_cr4(Vcpu* v, uint64_t value) noexcept nogil:
     v.cr4 = value
     if changed & CR4_DE:
         debug_update(v)
-    if changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_PCIDE | CR4_SMEP | CR4_SMAP):
+    if changed & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_LA57 | CR4_PCIDE | CR4_SMEP | CR4_SMAP | CR4_PKE):
         mmu_flush_all(v)
     return R_OK
 
@@ -262,7 +264,8 @@ cdef int xgetbv(Vcpu* v, Insn* i) noexcept nogil:
         e = cpuid_find(v, 0xD, 1)
         if index != 1 or e == NULL or not e.eax & 4:
             return gp0(v)
-        value = bt_xgetbv(1) & v.xcr0             # XINUSE: the guest's state is in the registers
+        # XINUSE: the guest's state is in the registers
+        value = ((bt_xgetbv(1) & HOST_STATE) | (PKRU_STATE if v.pkru else 0)) & v.xcr0
     v.gpr[RAX] = value & 0xFFFFFFFFULL
     v.gpr[RDX] = value >> 32
     return advance(v, i)
@@ -270,21 +273,21 @@ cdef int xgetbv(Vcpu* v, Insn* i) noexcept nogil:
 
 cdef int xsetbv(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t value = (v.gpr[RDX] << 32) | (v.gpr[RAX] & 0xFFFFFFFFULL)
-    cdef uint64_t allowed = bt_xgetbv(0) & XCR0_SUPPORTED
+    cdef uint64_t allowed = bt_xgetbv(0) & HOST_STATE
     cdef CpuidEntry* e = cpuid_find(v, 0xD, 0)
     if not v.cr4 & CR4_OSXSAVE:
         return undefined(v)
     if e != NULL:
-        allowed &= e.eax
+        allowed = (allowed | PKRU_STATE) & e.eax
     if v.cpl or <uint32_t>v.gpr[RCX] or not value & 1 or value & ~allowed:
         return gp0(v)
     if value & 6 == 4 or (value & 0xE0 and value & 0xE6 != 0xE6):
         return gp0(v)                             # AVX needs SSE; AVX-512's three parts go together, and need AVX
     v.xcr0 = value
-    if value & ~v.vector_state:
+    if value & HOST_STATE & ~v.vector_state:
         # from now on this state is the guest's: it begins in its initial configuration
-        init_components(v, value & ~v.vector_state)
-        v.vector_state |= value
+        init_components(v, value & HOST_STATE & ~v.vector_state)
+        v.vector_state |= value & HOST_STATE
     return advance(v, i)
 
 
@@ -323,8 +326,10 @@ cdef int group7(Vcpu* v, Insn* i) noexcept nogil:
             if r == R_OK:
                 v.gpr[RCX] = v.tsc_aux & 0xFFFFFFFFULL
             return r
+        if i.modrm == 0xEE or i.modrm == 0xEF:
+            return pkru(v, i)
         if op != 4 and op != 6:
-            return undefined(v)                   # MONITOR, MWAIT, RDPKRU, WRPKRU and others that are not offered
+            return undefined(v)                   # MONITOR, MWAIT and others that are not offered
     if op == 0 or op == 1:
         return store_table(v, i, &v.gdtr if op == 0 else &v.idtr)
     if op == 2 or op == 3:
@@ -461,6 +466,8 @@ cdef int rdmsr(Vcpu* v, Insn* i) noexcept nogil:
         value = place[0]
     elif msr == MSR_TSC:
         value = bt_rdtsc() + v.tsc_offset
+    elif msr == MSR_XSS and v.features >> FT_XSAVES & 1:
+        value = 0
     else:
         return msr_exit(v, i, X_RDMSR, msr, 0)
     v.gpr[RAX] = value & 0xFFFFFFFFULL
@@ -476,6 +483,8 @@ cdef int wrmsr(Vcpu* v, Insn* i) noexcept nogil:
         return gp0(v)
     place = msr_place(v, msr)
     if place == NULL:
+        if msr == MSR_XSS and v.features >> FT_XSAVES & 1:
+            return gp0(v) if value else advance(v, i)     # there are no supervisor components
         if msr != MSR_TSC:
             return msr_exit(v, i, X_WRMSR, msr, value)
         v.tsc_offset = value - bt_rdtsc()

@@ -1,10 +1,9 @@
 # cython: language_level=3
-"""FXSAVE, XSAVE and their kin, FNSAVE and FNSTENV, MASKMOVQ and MASKMOVDQU.
+"""FXSAVE and FXRSTOR, MXCSR, FNSAVE and FNSTENV, MASKMOVQ and MASKMOVDQU. (XSAVE and its kin: microcode_xsave.pyx.)
 
 The guest's x87 and vector state is live in the host's registers while this runs, so the host's own instruction does
 the work, on a bounce buffer of ours; images from the guest are checked before, so that it cannot fault. Instruction
-and data pointers of the x87 unit would be host addresses: they are cleared in every image. Source: Intel SDM vol 1,
-"Managing State Using the XSAVE Feature Set".
+and data pointers of the x87 unit would be host addresses: they are cleared in every image.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -12,16 +11,14 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.hostregs cimport bt_get_mm, bt_get_xmm
 from pyhyve.cpu.bt.microcode_ops cimport *
+from pyhyve.cpu.bt.microcode_xsave cimport (
+    MXCSR, SAVE_IN_USE, SAVE_STANDARD, bounce, hide_pointers, mxcsr_reserved, operand, xrstor, xsave,
+)
 from pyhyve.cpu.bt.mmu cimport bt_fill, mmu_probe_write, mmu_read, mmu_write
 from pyhyve.cpu.bt.state cimport *
 
 cdef extern from *:
     """
-    #define BT_XSTATE(insn, at, mask) \\
-        __asm__ __volatile__(insn " (%0)" : : "r"(at), "a"((uint32_t)(mask)), "d"((uint32_t)((mask) >> 32)) : "memory")
-    static inline void bt_xsave(uint64_t at, uint64_t mask) { BT_XSTATE("xsave64", at, mask); }
-    static inline void bt_xsavec(uint64_t at, uint64_t mask) { BT_XSTATE("xsavec64", at, mask); }
-    static inline void bt_xrstor(uint64_t at, uint64_t mask) { BT_XSTATE("xrstor64", at, mask); }
     #define BT_AT(insn, at) __asm__ __volatile__(insn " (%0)" : : "r"(at) : "memory")
     static inline void bt_fxsave(uint64_t at) { BT_AT("fxsave64", at); }
     static inline void bt_fxrstor(uint64_t at) { BT_AT("fxrstor64", at); }
@@ -40,13 +37,7 @@ cdef extern from *:
         __asm__ __volatile__("fnstsw %0" : "=a"(status));
         return status;
     }
-    static inline void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t *out) {
-        __asm__ __volatile__("cpuid" : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3]) : "a"(leaf), "c"(sub));
-    }
     """
-    void bt_xsave(uint64_t at, uint64_t mask) noexcept nogil
-    void bt_xsavec(uint64_t at, uint64_t mask) noexcept nogil
-    void bt_xrstor(uint64_t at, uint64_t mask) noexcept nogil
     void bt_fxsave(uint64_t at) noexcept nogil
     void bt_fxrstor(uint64_t at) noexcept nogil
     void bt_fnstenv(uint64_t at) noexcept nogil
@@ -60,84 +51,6 @@ cdef extern from *:
     void bt_ldmxcsr(uint64_t at) noexcept nogil
     void bt_stmxcsr(uint64_t at) noexcept nogil
     uint32_t bt_fnstsw() noexcept nogil
-    void bt_host_cpuid(uint32_t leaf, uint32_t sub, uint32_t* out) noexcept nogil
-
-cdef enum:
-    HEADER = 512             # XSAVE header: XSTATE_BV, XCOMP_BV, reserved
-    EXTENDED = 576
-    FIP = 8                  # FIP and FDP in the legacy area: 16 bytes
-    MXCSR = 24
-    COMPONENTS = 8           # x87 SSE AVX - - opmask ZMM_Hi256 Hi16_ZMM: as many as XCR0 can have here
-
-# The host's layout of the state components, which is the guest's too.
-cdef uint32_t component_size[COMPONENTS]
-cdef uint32_t component_offset[COMPONENTS]
-cdef uint32_t component_align[COMPONENTS]
-
-
-cdef void learn_layout() noexcept nogil:
-    cdef uint32_t out[4]
-    cdef int k
-    for k in range(2, COMPONENTS):
-        bt_host_cpuid(0xD, k, out)
-        component_size[k] = out[0]
-        component_offset[k] = out[1]
-        component_align[k] = out[2] & 2
-
-
-learn_layout()
-
-
-cdef uint32_t standard_size(uint64_t mask) noexcept nogil:
-    """Bytes of a standard-format image up to the last component of `mask`."""
-    cdef uint32_t size = EXTENDED
-    cdef int k
-    for k in range(2, COMPONENTS):
-        if (mask >> k) & 1 and component_offset[k] + component_size[k] > size:
-            size = component_offset[k] + component_size[k]
-    return size
-
-
-cdef uint32_t compact_size(uint64_t mask) noexcept nogil:
-    """Bytes of a compacted image whose XCOMP_BV is `mask`."""
-    cdef uint32_t size = EXTENDED
-    cdef int k
-    for k in range(2, COMPONENTS):
-        if (mask >> k) & 1:
-            if component_align[k]:
-                size = (size + 63) & ~<uint32_t>63
-            size += component_size[k]
-    return size
-
-
-cdef inline uint64_t bounce(Vcpu* v) noexcept nogil:
-    return (<uint64_t>v.xsave_bounce + 63) & ~<uint64_t>63
-
-
-cdef inline void hide_pointers(uint64_t at) noexcept nogil:
-    (<uint64_t*>(at + FIP))[0] = 0
-    (<uint64_t*>(at + FIP + 8))[0] = 0
-
-
-cdef void init_components(Vcpu* v, uint64_t mask) noexcept nogil:
-    """Put state components into their initial configuration."""
-    cdef uint64_t at = bounce(v)
-    bt_fill(<void*>at, 0, EXTENDED)
-    (<uint16_t*>at)[0] = 0x37F
-    (<uint32_t*>(at + MXCSR))[0] = 0x1F80
-    bt_xrstor(at, mask)
-
-
-cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint32_t parts,
-                 uint64_t* lin) noexcept nogil:
-    """The linear address of an image: aligned always (#GP), and by its parts where the program asks for it (#AC)."""
-    cdef int r = linear(v, i.seg, effective(v, i), size, access, lin)
-    if r == R_OK:
-        r = aligned(v, lin[0], parts)
-    if r == R_OK and lin[0] & (align - 1):
-        return gp0(v)
-    return r
-
 
 cdef inline bint x87_pending() noexcept nogil:
     """An unmasked x87 exception waits: the next waiting instruction, were it ours, would raise it on the host."""
@@ -177,79 +90,9 @@ cdef int fxrstor(Vcpu* v, Insn* i) noexcept nogil:
     r = mmu_read(v, lin, <void*>at, 512 if is64(v) else 288, v.bank)
     if r != R_OK:
         return r
-    if (<uint32_t*>(at + MXCSR))[0] >> 16:
+    if (<uint32_t*>(at + MXCSR))[0] & mxcsr_reserved():
         return gp0(v)
     bt_fxrstor(at)
-    return advance(v, i)
-
-
-cdef int xsave(Vcpu* v, Insn* i, bint compact) noexcept nogil:
-    """XSAVE, XSAVEOPT and XSAVEC. XSAVEOPT is done as XSAVE: the host's own memory of what was loaded from where would
-    be about the bounce buffer. What the instruction leaves alone is read first and written back."""
-    cdef uint64_t at = bounce(v)
-    cdef uint64_t mask = ((v.gpr[RDX] << 32) | (v.gpr[RAX] & 0xFFFFFFFFULL)) & v.xcr0
-    cdef uint32_t size = compact_size(mask) if compact else standard_size(mask)
-    cdef uint64_t lin = 0
-    cdef int r
-    if not v.cr4 & CR4_OSXSAVE:
-        return undefined(v)
-    if v.cr0 & CR0_TS:
-        return fault(v, NM)
-    r = operand(v, i, size, ACCESS_WRITE, 64, 1, &lin)
-    if r == R_OK:
-        r = mmu_read(v, lin, <void*>at, size, v.bank)
-    if r != R_OK:
-        return r
-    if compact:
-        bt_xsavec(at, mask)
-    else:
-        bt_xsave(at, mask)
-    if mask & 1:
-        hide_pointers(at)
-    r = mmu_write(v, lin, <void*>at, size, v.bank)
-    return r if r != R_OK else advance(v, i)
-
-
-cdef int xrstor(Vcpu* v, Insn* i) noexcept nogil:
-    cdef uint64_t at = bounce(v)
-    cdef uint64_t mask = ((v.gpr[RDX] << 32) | (v.gpr[RAX] & 0xFFFFFFFFULL)) & v.xcr0
-    cdef uint64_t* header = <uint64_t*>(at + HEADER)
-    cdef uint64_t lin = 0
-    cdef uint64_t have, form
-    cdef uint32_t size
-    cdef int k, r
-    if not v.cr4 & CR4_OSXSAVE:
-        return undefined(v)
-    if v.cr0 & CR0_TS:
-        return fault(v, NM)
-    r = operand(v, i, EXTENDED, ACCESS_READ, 64, 1, &lin)
-    if r == R_OK:
-        r = mmu_read(v, lin, <void*>at, EXTENDED, v.bank)
-    if r != R_OK:
-        return r
-    have = header[0]
-    form = header[1]
-    if form >> 63:
-        form &= ~(<uint64_t>1 << 63)
-        for k in range(2, 8):
-            if header[k]:
-                return gp0(v)
-        if form & ~v.xcr0 or have & ~form:
-            return gp0(v)
-        size = compact_size(form)
-    else:
-        if have & ~v.xcr0 or form or header[2]:
-            return gp0(v)
-        size = standard_size(have & mask)
-    if mask & 6 and (<uint32_t*>(at + MXCSR))[0] >> 16:
-        return gp0(v)
-    if size > EXTENDED:
-        r = linear(v, i.seg, effective(v, i), size, ACCESS_READ, &lin)
-        if r == R_OK:
-            r = mmu_read(v, lin + EXTENDED, <void*>(at + EXTENDED), size - EXTENDED, v.bank)
-        if r != R_OK:
-            return r
-    bt_xrstor(at, mask)
     return advance(v, i)
 
 
@@ -268,7 +111,7 @@ cdef int mxcsr(Vcpu* v, Insn* i) noexcept nogil:
     r = read_mem(v, i, 4, <void*>at)
     if r != R_OK:
         return r
-    if (<uint32_t*>at)[0] >> 16:
+    if (<uint32_t*>at)[0] & mxcsr_reserved():
         return gp0(v)
     bt_ldmxcsr(at)
     return advance(v, i)
@@ -284,16 +127,9 @@ cdef int group15(Vcpu* v, Insn* i) noexcept nogil:
     if op == 2 or op == 3:
         return mxcsr(v, i)
     if op == 4 or op == 6:
-        return xsave(v, i, False)
+        return xsave(v, i, SAVE_STANDARD if op == 4 else SAVE_IN_USE)
     if op == 5:
-        return xrstor(v, i)
-    return undefined(v)
-
-
-cdef int xsavec(Vcpu* v, Insn* i) noexcept nogil:
-    """0F C7 /4; XSAVES and XRSTORS (/5, /3) are not offered."""
-    if i.reg & 7 == 4:
-        return xsave(v, i, True)
+        return xrstor(v, i, False)
     return undefined(v)
 
 

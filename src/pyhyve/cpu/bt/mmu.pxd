@@ -66,6 +66,9 @@ cdef int mmu_fetch(Vcpu* v, uint64_t lin, int bank, uint64_t* hva_page, uint64_t
 cdef int mmu_ept(Vcpu* v, uint64_t gpa, uint32_t need, uint64_t gla, int final, uint64_t* hva,
                  uint32_t* perms) noexcept nogil
 
+# Load the protection keys' rights, and drop what the TLB has of pages whose rights change.
+cdef void mmu_load_pkru(Vcpu* v, uint32_t value) noexcept nogil
+
 cdef void mmu_flush_all(Vcpu* v) noexcept nogil
 cdef void mmu_flush_nonglobal(Vcpu* v) noexcept nogil
 cdef void mmu_flush_page(Vcpu* v, uint64_t lin) noexcept nogil

@@ -49,6 +49,7 @@ cdef enum:
     PF_U = 4
     PF_RSVD = 8
     PF_I = 16
+    PF_PK = 32
 
     EPT_R = 1
     EPT_W = 2
@@ -65,6 +66,7 @@ cdef enum:
     CR4_LA57 = 1 << 12
     CR4_SMEP = 1 << 20
     CR4_SMAP = 1 << 21
+    CR4_PKE = 1 << 22
     EFER_LMA = 1 << 10
     EFER_NXE = 1 << 11
 
@@ -215,6 +217,19 @@ cdef inline bint denied(Vcpu* v, uint64_t rights, bint nx, int access, int bank)
     return access == ACCESS_WRITE and not rights & PTE_W and v.cr0 & CR0_WP
 
 
+cdef inline uint32_t key_denies(Vcpu* v, uint64_t leaf, uint64_t rights, int bank) noexcept nogil:
+    """What the page's protection key takes away: bit ACCESS_READ for all data accesses, bit ACCESS_WRITE for writes.
+    Intel SDM vol 3, "Protection Keys"."""
+    cdef uint32_t bits
+    if not rights & PTE_U or not v.cr4 & CR4_PKE or not v.efer & EFER_LMA:
+        return 0
+    bits = <uint32_t>(v.pkru >> (leaf >> 59 & 15) * 2) & 3
+    v.tlb_keys |= <uint64_t>1 << (leaf >> 59 & 15)
+    if bits & 1:
+        return 1 << ACCESS_READ | 1 << ACCESS_WRITE
+    return 1 << ACCESS_WRITE if bits & 2 and (bank == BANK_USER or v.cr0 & CR0_WP) else 0
+
+
 cdef inline bint may_write(Vcpu* v, uint64_t rights, int bank) noexcept nogil:
     """For an access that was not denied: would a write from the same bank be allowed too?"""
     return rights & PTE_W or (bank != BANK_USER and not v.cr0 & CR0_WP)
@@ -226,7 +241,7 @@ cdef int walk64(Vcpu* v, uint64_t lin, int access, int bank, uint64_t* gpa, uint
     cdef uint64_t at[5]
     cdef uint64_t entry[5]
     cdef uint64_t table, e, reserved, large, rights, want, upper
-    cdef uint32_t perms
+    cdef uint32_t perms, keys
     cdef int level, top, n, k, r, shift
     cdef bint lma = (v.efer & EFER_LMA) != 0
     cdef bint nx
@@ -281,6 +296,9 @@ cdef int walk64(Vcpu* v, uint64_t lin, int access, int bank, uint64_t* gpa, uint
                 break
             table = e & FRAME_MASK
             level -= 1
+        keys = key_denies(v, e, rights, bank)
+        if keys >> access & 1:
+            return page_fault(v, lin, access, bank, PF_P | PF_PK)
         if denied(v, rights, nx, access, bank):
             return page_fault(v, lin, access, bank, PF_P)
         for k in range(n):
@@ -303,7 +321,7 @@ cdef int walk64(Vcpu* v, uint64_t lin, int access, int bank, uint64_t* gpa, uint
     large = (<uint64_t>1 << shift) - 1
     gpa[0] = (e & FRAME_MASK & ~large) | (lin & large)
     info[0] = ((MMU_GLOBAL if e & PTE_G and v.cr4 & CR4_PGE else 0)
-               | (MMU_WRITABLE if e & PTE_D and may_write(v, rights, bank) else 0)
+               | (MMU_WRITABLE if e & PTE_D and may_write(v, rights, bank) and not keys >> ACCESS_WRITE & 1 else 0)
                | (0 if level == 0 else (MMU_LARGE if level == 1 else MMU_HUGE)))
     return R_OK
 
@@ -576,6 +594,20 @@ cdef void mmu_flush_all(Vcpu* v) noexcept nogil:
     for k in range(KEEP_LARGE, KEEP_END):
         v.ept_cache_val[k] = 0
     ibt_flush(v, 0)
+
+
+cdef void mmu_load_pkru(Vcpu* v, uint32_t value) noexcept nogil:
+    cdef uint64_t changed = v.pkru ^ value
+    cdef int k
+    v.pkru = value
+    for k in range(16):
+        if changed >> 2 * k & 3 and v.tlb_keys >> k & 1:
+            # code is fetched whatever the key is: the branch table stays
+            v.n.tlb_flushes += 1
+            v.tlb_keys = 0
+            drop_noted(v, 0)
+            drop_noted(v, 1)
+            return
 
 
 cdef void mmu_flush_nonglobal(Vcpu* v) noexcept nogil:

@@ -455,6 +455,7 @@ cdef class BtVcpu:
         v.cr2 = v.cr3 = v.cr4 = v.cr8 = v.efer = 0
         v.xcr0 = 1
         v.vector_state = BASE_STATE
+        v.pkru = 0
         for i in range(8):
             v.dr[i] = 0
         v.dr[6] = 0xFFFF0FF0
@@ -722,7 +723,11 @@ cdef class BtVcpu:
         cdef Vcpu* v = self.v
         cdef Exit kept = v.exit
         cdef uint32_t vector = v.fault_vector
-        cdef int r = mmu_translate(v, gla, access, BANK_KERNEL_AC, NULL, NULL, &gpa)
+        cdef uint64_t pkru = v.pkru
+        cdef int r
+        v.pkru = 0                               # protection keys are for the guest's own accesses
+        r = mmu_translate(v, gla, access, BANK_KERNEL_AC, NULL, NULL, &gpa)
+        v.pkru = pkru
         v.fault_vector = vector
         if r == R_EXIT and v.exit.reason == X_EPT_VIOLATION and v.exit.qualification & 0x100:
             # mapped by the guest, but not memory

@@ -247,6 +247,8 @@ cdef struct Vcpu:
     uint64_t tsc_aux
     uint64_t pat
     uint64_t features            # FT_* of decode.pxd that CPUID reports
+    uint64_t pkru
+    uint64_t tlb_keys            # bit n: the TLB may have pages of protection key n
     uint64_t vector_state        # XSAVE components that are loaded for the guest and saved behind it
     # pending exception of the instruction being executed (R_FAULT)
     uint32_t fault_vector
