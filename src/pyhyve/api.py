@@ -12,6 +12,7 @@ from pyhyve.bhyve.lpc.options import FwCfgFile, checked_file, parse_lpc
 from pyhyve.bhyve.machine import VcpuView
 from pyhyve.bhyve.outcome import Outcome
 from pyhyve.cpu.processor import DEFAULT_CODE_CACHE
+from pyhyve.vmm.cpufeatures import parse_cpu_features
 
 __all__ = ["Machine", "Outcome", "VcpuView"]
 
@@ -38,6 +39,7 @@ class Machine:
         name: str | None = None,
         processor: str = "auto",
         code_cache: str | int = DEFAULT_CODE_CACHE,
+        cpu_features: Mapping[str, bool] | None = None,
         kaslr: bool = False,
         lpc: Sequence[str] = (),
         fwcfg: Mapping[str, str | bytes] | None = None,
@@ -55,6 +57,9 @@ class Machine:
             name=name,
             processor=processor,
             code_cache=config.parse_size(code_cache, "code_cache") if isinstance(code_cache, str) else code_cache,
+            cpu_features=parse_cpu_features(
+                (f"{name}={'on' if wanted else 'off'}" for name, wanted in (cpu_features or {}).items()), "cpu_features"
+            ),
             kaslr=kaslr,
             lpc=tuple(map(parse_lpc, lpc)),
             fwcfg=tuple(_fwcfg_file(name, data) for name, data in (fwcfg or {}).items()),

@@ -79,6 +79,8 @@ class MachineConfig:
     processor: str = "auto"
     code_cache: int = DEFAULT_CODE_CACHE
     """Bytes of translated code that each vCPU keeps, MIN_CODE_CACHE to MAX_CODE_CACHE; only the software processor."""
+    cpu_features: Mapping[str, bool] = field(default_factory=dict)
+    """Features of the guest's processor that must be there (True) or are hidden: `vmm.cpufeatures`."""
     kaslr: bool = False
     lpc: Sequence[LpcOptions] = ()
     """Devices on the ISA bus besides those that every machine has."""

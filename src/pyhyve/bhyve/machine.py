@@ -105,7 +105,7 @@ class Machine:
         with contextlib.ExitStack() as undo:
             self._lock = NameLock(config.name or own_name(self))
             undo.callback(self._lock.release)
-            self.vm = Vm(self._lock.name, engine, config.cpus, timing=timing)
+            self.vm = Vm(self._lock.name, engine, config.cpus, timing=timing, cpu_features=config.cpu_features)
             undo.callback(self.vm.close)
             self.vm.hang_ns = int(config.hang_seconds * 1e9)
             self.vm.on_suspend = self._on_suspend

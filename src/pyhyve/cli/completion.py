@@ -7,6 +7,7 @@ from typing import Final
 
 from pyhyve.bhyve.lpc.options import LPC_DEVICES
 from pyhyve.cli.parser import Namespace, Parser
+from pyhyve.vmm.cpufeatures import FEATURES
 
 SUMMARY: Final = "Print a completion script: pyhyve completion bash > ~/.local/share/bash-completion/completions/pyhyve"
 
@@ -40,6 +41,8 @@ def _argument(action: argparse.Action) -> Argument:
         choices = _CONSOLES
     if "--lpc" in action.option_strings:
         choices = (*LPC_DEVICES, "help")
+    if "--cpu-feature" in action.option_strings:
+        choices = (*(f"{name}={state}" for name in FEATURES for state in ("on", "off")), "help")
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     return Argument(
         names=tuple(action.option_strings),

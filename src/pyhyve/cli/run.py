@@ -47,6 +47,13 @@ def add_arguments(parser: Parser) -> None:
         help="translated code that a vCPU of bt keeps (%(default)s)",
     )
     parser.add_argument(
+        "--cpu-feature",
+        metavar="NAME=on|off",
+        action="append",
+        default=[],
+        help="insist on a feature of the guest's processor, or hide it; may be repeated; 'help' lists them",
+    )
+    parser.add_argument(
         "--console", metavar="WHERE", default="stdio", help="stdio, pty, file:PATH or none (%(default)s)"
     )
     parser.add_argument(
@@ -96,6 +103,11 @@ def run(arguments: Namespace) -> int:
 
         print(lpc_help())
         return 0
+    if "help" in arguments.cpu_feature:
+        from pyhyve.vmm.cpufeatures import cpu_feature_help
+
+        print(cpu_feature_help())
+        return 0
     if arguments.kernel is None:
         raise UsageError("--kernel: missing; name a kernel, or try 'pyhyve demo', which gets one")
     timeout = None
@@ -114,6 +126,7 @@ def run(arguments: Namespace) -> int:
     from pyhyve.bhyve.console import open_console
     from pyhyve.bhyve.lpc.options import parse_fwcfg_file, parse_lpc
     from pyhyve.cli.session import run_machine
+    from pyhyve.vmm.cpufeatures import parse_cpu_features
 
     pins: dict[int, frozenset[int]] = {}
     for text in arguments.pin:
@@ -129,6 +142,7 @@ def run(arguments: Namespace) -> int:
         name=arguments.name,
         processor=arguments.processor,
         code_cache=parse_size(arguments.code_cache, "--code-cache"),
+        cpu_features=parse_cpu_features(arguments.cpu_feature),
         kaslr=arguments.kaslr,
         lpc=tuple(map(parse_lpc, arguments.lpc)),
         fwcfg=tuple(map(parse_fwcfg_file, arguments.fwcfg)),

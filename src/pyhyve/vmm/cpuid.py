@@ -203,6 +203,13 @@ class CpuidPolicy:
         """Return the answers of the vCPU with this APIC id (0 to 254)."""
         return [*self._basic(apic_id), *self._hypervisor(), *self._extended()]
 
+    def reported(self) -> dict[tuple[int, int], dict[str, int]]:
+        """Return the answers by (leaf, subleaf) and register."""
+        return {
+            (entry.leaf, entry.subleaf or 0): {name: getattr(entry, name) for name in ("eax", "ebx", "ecx", "edx")}
+            for entry in self.entries(0)
+        }
+
     def _basic(self, apic_id: int) -> Iterator[CpuidEntry]:
         host, cpus = self.host, self.cpus
         pcid = NOTE_PCID in self.capabilities.notes

@@ -8,7 +8,7 @@ import enum
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from pyhyve.cpu import exits
 from pyhyve.cpu.processor import Capabilities, CpuidEntry, Processor
 from pyhyve.vmm import hostcpu
 from pyhyve.vmm.bus import MmioBus, PortBus
+from pyhyve.vmm.cpufeatures import check_wanted, without
 from pyhyve.vmm.cpuid import CpuidPolicy, limited
 from pyhyve.vmm.events import EventLoop
 from pyhyve.vmm.io.apicbus import ApicBus
@@ -85,7 +86,15 @@ class InterruptController(Protocol):
 class Vm:
     """One virtual machine: processors, memory, buses, local APICs, event thread. Devices are attached by the caller."""
 
-    def __init__(self, name: str, processor: Processor, cpus: int, *, timing: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        processor: Processor,
+        cpus: int,
+        *,
+        timing: bool = False,
+        cpu_features: Mapping[str, bool] | None = None,
+    ) -> None:
         self.name = name
         self.timing = timing
         """Measure the time spent in the guest and in handlers."""
@@ -123,15 +132,17 @@ class Vm:
         self._watchdog_exits: list[int] = []
         self._watchdog_since = 0
         try:
-            self._make_vcpus(cpus)
+            self._make_vcpus(cpus, cpu_features or {})
         except BaseException:
             self.close()
             raise
 
-    def _make_vcpus(self, cpus: int) -> None:
+    def _make_vcpus(self, cpus: int, cpu_features: Mapping[str, bool]) -> None:
         rdtsc = hostcpu.rdtsc_function()
         khz = hostcpu.tsc_khz()
-        policy = CpuidPolicy(self._host_cpuid, self.capabilities, cpus, khz, APIC_BUS_HZ // 1000)
+        host, capabilities = without(self._host_cpuid, self.capabilities, cpu_features)
+        policy = CpuidPolicy(host, capabilities, cpus, khz, APIC_BUS_HZ // 1000)
+        check_wanted(cpu_features, policy.reported(), self.capabilities.name)
         self.tsc_khz = khz
         self._tsc_start = rdtsc()
         for index in range(cpus):
