@@ -136,8 +136,10 @@ class Runner:
     def expected_undefined(self, code: bytes, number: int) -> bool:
         insn = Decoder(64, code).decode()
         mnemonic = MNEMONICS[insn.mnemonic]
-        if (is_hint(code) and insn.encoding == EncodingKind.LEGACY) or mnemonic in ("VMCALL", "VMMCALL"):
+        if is_hint(code) and insn.encoding == EncodingKind.LEGACY:
             return False
+        if mnemonic in ("VMCALL", "VMMCALL"):
+            return mnemonic != ("VMCALL" if self.policy.intel else "VMMCALL")
         if mnemonic in UNDEFINED:
             return True
         xcr0 = self.policy.xcr0
