@@ -70,6 +70,8 @@ class Pmap(Protocol):
     def deactivate(self, vcpu: int) -> None: ...
 
 
+_NMIS: Final = 2
+"""One NMI may be on its way into its handler while another waits for the handler's end; more are lost."""
 _OTHER_TABLES: Final = (1 << 64) - 1
 """A generation that the VM's own nested page tables never have."""
 
@@ -114,7 +116,7 @@ class Vcpu:
         """Whether the legacy interrupt controllers hold an interrupt; None where they are wired to another vCPU."""
         self._init_pending = False
         self._sipi_vector = -1
-        self._nmi_pending = False
+        self._nmis = 0
         self._window = False
         self._nmi_window = False
         self._wake = _thread.allocate_lock()
@@ -148,7 +150,7 @@ class Vcpu:
             self.notify()
 
     def post_nmi(self) -> None:
-        self._nmi_pending = True
+        self._nmis = min(self._nmis + 1, _NMIS)
         self.notify()
 
     def pin(self, host_cpus: Iterable[int]) -> None:
@@ -224,7 +226,7 @@ class Vcpu:
             if self._sipi_vector < 0:
                 return
             self._take_sipi()
-        if self._nmi_pending:
+        if self._nmis:
             self._take_nmi()
         self.load_task_priority()
         vlapic = self.vlapic
@@ -288,7 +290,7 @@ class Vcpu:
         """The guest executed HLT. Return True if nothing but an NMI, an INIT or a reset can wake it."""
         self.state = HALTED
         self.attention = True
-        self.dead = not self.backend.get("rflags") & _RFLAGS_IF and not self._nmi_pending and not self._init_pending
+        self.dead = not self.backend.get("rflags") & _RFLAGS_IF and not self._nmis and not self._init_pending
         return self.dead
 
     def inject_exception(self, vector: int, error: int | None = None, addr: int = 0) -> None:
@@ -307,17 +309,19 @@ class Vcpu:
 
     def _take_nmi(self) -> None:
         if self.backend.nmi_allowed() and not self.backend.injection_pending():
-            self._nmi_pending = False
+            self._nmis -= 1
             self.dead = False
             self.state = RUNNING
             self.backend.inject(2, INJECT_NMI)
-        elif not self._nmi_window:
+        else:
+            self._nmis = 1
+        if self._nmis and not self._nmi_window:
             self._nmi_window = True
             self.backend.request_nmi_window(True)
 
     def _take_init(self) -> None:
         self._init_pending = False
-        self._nmi_pending = False
+        self._nmis = 0
         self.dead = False
         self.vlapic.init()
         keep_cache_bits = self.backend.get("cr0") & _CR0_CD_NW

@@ -211,6 +211,27 @@ def test_nmi_waits_for_its_window(make_vm):
     assert processor.vcpus[0].injected == [(2, INJECT_NMI, None)]
 
 
+def test_a_second_nmi_waits_for_the_end_of_the_first_and_a_third_is_lost(make_vm):
+    def guest(cpu):
+        yield cpu.out(0x10, 1)
+        yield cpu.out(0x11, 1)
+        yield cpu.out(0x11, 1)
+        assert not cpu.nmi_window
+        yield cpu.out(END, 0xFF)
+
+    vm, processor = make_vm(guest)
+
+    class Raise(Device):
+        def write(self, offset, size, value):
+            if offset == 0:
+                for _ in range(3):
+                    vm.vcpus[0].post_nmi()
+
+    vm.ports.attach(0x10, 2, Raise())
+    assert run(vm).how is Suspend.POWEROFF
+    assert processor.vcpus[0].injected == [(2, INJECT_NMI, None)] * 2
+
+
 def test_init_resets_and_waits_for_a_startup(make_vm):
     def bootstrap(cpu):
         yield cpu.out(0x10, 1)
