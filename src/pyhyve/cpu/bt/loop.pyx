@@ -13,7 +13,7 @@ from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
 from pyhyve.cpu.bt.segments cimport CS_LIMITS_FULL, segment_check, segments_forget, segments_mode
-from pyhyve.cpu.bt.shared cimport give_back, set_in_guest, spin_yield
+from pyhyve.cpu.bt.shared cimport cpu_fence, give_back, set_in_guest, spin_yield
 from pyhyve.cpu.bt.state cimport *
 from pyhyve.cpu.bt.translate cimport *
 
@@ -408,6 +408,8 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             poll[6] = 0
             poll[5] = 0
             poll[7] = 0
+            # who sets these bytes has stored before what they tell of: do not look at that before they are clear
+            cpu_fence()
             inbox_process(c)
             if c.shared.n_vcpus > 1:
                 give_back(c.shared, &c.not_before)  # another may have waited for this vCPU to pass here

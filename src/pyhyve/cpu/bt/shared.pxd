@@ -54,6 +54,8 @@ cdef void inbox_unlock(Inbox* inbox) noexcept nogil
 cdef void set_in_guest(Inbox* inbox, uint32_t value) noexcept nogil
 cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
 cdef void cpu_relax() noexcept nogil
+# Stores before it are seen by all before loads behind it are made.
+cdef void cpu_fence() noexcept nogil
 # For a vCPU that spins: let another thread of the host run. What it waits for may be waiting for its processor.
 cdef void spin_yield(Shared* s) noexcept nogil
 # For a vCPU that may just have done what another spins for: let that one run, if it gave up its processor. Not before the

@@ -17,6 +17,7 @@ cdef extern from *:
     static inline uint64_t bt_load64(uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
     static inline void bt_store8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
     static inline void bt_add32(uint32_t *p, uint32_t v) { __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+    static inline void bt_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
     static inline uint64_t bt_clock(void) { return __builtin_ia32_rdtsc(); }
     static inline void bt_pause(void) { __builtin_ia32_pause(); }
     /* sched_yield without the C library: the guest's vector state is live */
@@ -32,6 +33,7 @@ cdef extern from *:
     uint64_t bt_load64(uint64_t* p) noexcept nogil
     void bt_store8(uint8_t* p, uint8_t v) noexcept nogil
     void bt_add32(uint32_t* p, uint32_t v) noexcept nogil
+    void bt_fence() noexcept nogil
     uint64_t bt_clock() noexcept nogil
     void bt_pause() noexcept nogil
     void bt_yield() noexcept nogil
@@ -148,6 +150,10 @@ cdef void set_in_guest(Inbox* inbox, uint32_t value) noexcept nogil:
 cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil:
     """True while the owner may still act on what it knew before the message."""
     return bt_load32(&inbox.in_guest) != 0 and bt_load64(&inbox.done) < ticket
+
+
+cdef void cpu_fence() noexcept nogil:
+    bt_fence()
 
 
 cdef void cpu_relax() noexcept nogil:
