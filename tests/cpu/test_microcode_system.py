@@ -455,3 +455,20 @@ def test_no_image_of_the_guest_makes_the_host_fault(m: Machine) -> None:
         assert result == probe.OK or m.p.fault() == (GP, 0)
         loaded += result == probe.OK
     assert loaded > 2000
+
+
+def test_kept_addresses_are_as_wide_as_the_processor_has_them(m: Machine) -> None:
+    """With 57-bit addresses in CPUID, MSRs and bases take them though CR4.LA57 is clear."""
+    wide = 0xFF12_3456_789A_B000
+    m.p.set(rcx=0xC0000102, rax=wide & 0xFFFFFFFF, rdx=wide >> 32)
+    assert m.run("wrmsr") == probe.FAULT
+    m.p.set_cpuid([(7, 0, 0, 1, 1 << 16, 0)])
+    m.ok("wrmsr")
+    assert m.kernel_gs_base == wide
+    m.p.set(rdx=wide >> 32 & 0xFEFFFFFF)
+    assert m.run("wrmsr") == probe.FAULT
+    m.p.set(rdi=DATA)
+    m.p.poke(DATA, struct.pack("<HQ", 0x7F, wide))
+    m.ok("lgdt [rdi]")
+    m.p.set(rax=m.cr4 | 1 << 12)
+    assert m.run("mov cr4, rax") == probe.FAULT, "LA57 does not change in long mode"

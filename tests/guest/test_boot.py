@@ -385,3 +385,11 @@ def test_two_processors_share_the_work(guest_image: GuestImage) -> None:
         work = "seq 1 20000 | sha256sum > /tmp/"
         shell(f"taskset 1 sh -c '{work}a' & taskset 2 sh -c '{work}b' & wait")
         assert shell("cat /tmp/a") == shell("cat /tmp/b") != ""
+
+
+@pytest.mark.parametrize(("append", "kaslr", "levels"), [("", False, 5), (" no5lvl", False, 4), ("", True, 5)])
+def test_page_tables_of_five_levels(guest_image: GuestImage, append: str, kaslr: bool, levels: int) -> None:
+    with machine(guest_image, APPEND + append, cpu_features={"la57": True}, kaslr=kaslr) as guest:
+        shell = Shell.boot(guest)
+        assert guest.vcpus[0].get("cr4") >> 12 & 1 == (levels == 5)
+        assert shell("grep -c la57 /proc/cpuinfo", status=0 if levels == 5 else 1) == str(int(levels == 5))

@@ -116,7 +116,8 @@ class MachineConfig:
     @property
     def files(self) -> BootFiles:
         """What the guest begins with."""
-        return BootFiles(self.kernel, self.initrd, self.append, self.modules, self.kaslr)
+        la57 = self.cpu_features.get("la57", False)
+        return BootFiles(self.kernel, self.initrd, self.append, self.modules, self.kaslr, la57)
 
     def _check_memory(self) -> None:
         if self.memory < MIN_RAM:

@@ -1,4 +1,4 @@
-"""Features of the guest's processor that a user may switch off (`--cpu-feature`), by the names that Linux gives them.
+"""Features of the guest's processor that a user may switch (`--cpu-feature`), by the names that Linux gives them.
 
 Switching one off takes what needs it along. What every x86-64 processor has (CMOV, SSE2, ...) and what is the monitor's
 own (x2APIC, the TSC deadline timer) cannot be switched. Bits are named as in Intel SDM vol 2, "CPUID—CPU
@@ -60,6 +60,7 @@ FEATURES: Final[Mapping[str, tuple[int, int, str, int, tuple[str, ...]]]] = {
     "avx512_vnni": (7, 0, "ecx", 11, ("avx512f",)),
     "avx512_bitalg": (7, 0, "ecx", 12, ("avx512bw",)),
     "avx512_vpopcntdq": (7, 0, "ecx", 14, ("avx512f",)),
+    "la57": (7, 0, "ecx", 16, ()),
     "rdpid": (7, 0, "ecx", 22, ()),
     "movdiri": (7, 0, "ecx", 27, ()),
     "avx512_vp2intersect": (7, 0, "edx", 8, ("avx512f",)),
@@ -82,6 +83,8 @@ FEATURES: Final[Mapping[str, tuple[int, int, str, int, tuple[str, ...]]]] = {
     "rdtscp": (_EXTENDED, 0, "edx", 27, ()),
 }
 _REGISTERS: Final = ("eax", "ebx", "ecx", "edx")
+ON_REQUEST: Final = frozenset({"la57"})
+"""Off unless asked for: five levels of page tables cost time at each miss of the TLB, and Linux uses all there are."""
 _STATE: Final = {"avx": 0xE4, "avx512f": 0xE0, "pku": 0x200}
 """XCR0 bits that go with a feature."""
 
@@ -122,7 +125,7 @@ def without(
     host: CpuidFunction, capabilities: Capabilities, switches: Mapping[str, bool]
 ) -> tuple[CpuidFunction, Capabilities]:
     """Return a host's CPUID and an engine's capabilities less what is switched off."""
-    off = switched_off(switches)
+    off = switched_off(switches) | {name for name in ON_REQUEST if not switches.get(name)}
     if not off:
         return host, capabilities
     state = 0
@@ -158,7 +161,8 @@ def cpu_feature_help() -> str:
     """Return what `--cpu-feature help` prints."""
     width = max(map(len, FEATURES))
     lines = ["NAME=off hides a feature from the guest, and all that need it; NAME=on insists on it.", ""]
+    on_request = f"Off unless asked for: {', '.join(sorted(ON_REQUEST))}."
     for name in sorted(FEATURES):
         needs = FEATURES[name][4]
         lines.append(f"{name:{width}}  needs {', '.join(needs)}" if needs else name)
-    return "\n".join(lines)
+    return "\n".join((*lines, "", on_request))

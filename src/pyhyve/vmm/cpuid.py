@@ -32,6 +32,8 @@ NOTE_AVX512: Final = "avx512"
 NOTE_PKU: Final = "pku"
 """Protection keys are the engine's own: they work on any host."""
 NOTE_XSAVES: Final = "xsaves"
+NOTE_LA57: Final = "la57"
+"""Five levels of page tables, the engine's own as well."""
 NOTE_HARDWARE: Final = "hardware"
 """The guest runs on the host's processor itself: the host's own word on vulnerabilities is passed, not ours."""
 
@@ -80,6 +82,7 @@ _L7_1_EDX_PASS: Final = _bits(4, 5, 10)
 """AVX-VNNI-INT8 AVX-NE-CONVERT AVX-VNNI-INT16."""
 
 _L7_ECX_PKU: Final = _bits(3)
+_L7_ECX_LA57: Final = _bits(16)
 
 # Leaf 0DH, subleaf 1: XSAVEOPT, XSAVEC, XGETBV with ECX=1, XSAVES. There are no supervisor components.
 _LD_1_EAX_PASS: Final = _bits(0, 1, 2)
@@ -244,8 +247,9 @@ class CpuidPolicy:
         speculation = edx & _L7_EDX_HARDWARE if self.hardware else _L7_EDX_MITIGATION
         sub1 = host(7, 1) if host(7, 0)[0] >= 1 else (0, 0, 0, 0)
         pku = _L7_ECX_PKU if self.xcr0 & XCR0_PKRU else 0
+        la57 = _L7_ECX_LA57 if NOTE_LA57 in self.capabilities.notes else 0
         edx = edx & (_L7_EDX_AVX512 if avx512 else 0) | _L7_EDX_SHOW | speculation
-        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass | pku, edx)
+        yield CpuidEntry(7, 0, 1, ebx & ebx_pass | _L7_EBX_SHOW, ecx & ecx_pass | pku | la57, edx)
         eax = sub1[0] & (_L7_1_EAX_PASS | (_L7_1_EAX_AVX512 if avx512 else 0))
         yield CpuidEntry(7, 1, *((eax, 0, 0, sub1[3] & _L7_1_EDX_PASS) if self.xcr0 & 4 else (0, 0, 0, 0)))
 
@@ -326,7 +330,7 @@ class CpuidPolicy:
         yield CpuidEntry(0x8000_0007, None, 0, 0, 0, 1 << 8)  # invariant TSC
 
         _, ebx, _, _ = host(0x8000_0008, 0)
-        address_bits = self.physical_bits | 48 << 8
+        address_bits = self.physical_bits | (57 if NOTE_LA57 in self.capabilities.notes else 48) << 8
         if intel:
             yield CpuidEntry(0x8000_0008, None, address_bits, 0, 0, 0)
             return

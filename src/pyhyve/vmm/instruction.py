@@ -23,6 +23,7 @@ CF, PF, AF, ZF, SF, DF, OF = 1, 1 << 2, 1 << 4, 1 << 6, 1 << 7, 1 << 10, 1 << 11
 _ARITHMETIC: Final = CF | PF | AF | ZF | SF | OF
 _EFER_LMA: Final = 1 << 10
 _ATTR_L: Final = 1 << 13
+_CR4_LA57: Final = 1 << 12
 _ATTR_DB: Final = 1 << 14
 _MASKS: Final = tuple((1 << 8 * size) - 1 for size in range(9))
 _PARITY: Final = tuple(0 if bin(value).count("1") & 1 else PF for value in range(256))
@@ -174,7 +175,9 @@ class InstructionEmulator:
         if self._bits == 64:
             if name in ("fs", "gs"):
                 address = (address + self._backend.get_segment(name).base) & _MASKS[8]
-            if (address >> 47) not in (0, 0x1FFFF):
+            if (address >> 47) not in (0, 0x1FFFF) and not (
+                self._backend.get("cr4") & _CR4_LA57 and (address >> 56) in (0, 0xFF)
+            ):
                 raise GuestFault(12 if name == "ss" else 13, 0)
             return address
         segment = self._backend.get_segment(name)

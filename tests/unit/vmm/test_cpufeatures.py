@@ -7,6 +7,7 @@ from pyhyve.cpu.bt.features import NUMBERS
 from pyhyve.cpu.processor import Capabilities
 from pyhyve.vmm.cpufeatures import (
     FEATURES,
+    ON_REQUEST,
     check_wanted,
     cpu_feature_help,
     needed_by,
@@ -32,7 +33,7 @@ def host(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
     return (0xFFFF_FFFF,) * 4
 
 
-CAPABILITIES = Capabilities("test", xcr0=0xE7, notes=("pcid", "pku", "xsaves", "avx512"))
+CAPABILITIES = Capabilities("test", xcr0=0xE7, notes=("pcid", "pku", "xsaves", "la57", "avx512"))
 
 
 def policy(*words: str) -> CpuidPolicy:
@@ -49,13 +50,13 @@ def reported(of: CpuidPolicy) -> set[str]:
 
 
 def test_everything_is_reported_without_switches() -> None:
-    assert reported(policy()) == set(FEATURES)
+    assert reported(policy()) == set(FEATURES) - ON_REQUEST
 
 
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_a_feature_takes_along_what_needs_it_and_nothing_else(name: str) -> None:
     gone = {other for other in FEATURES if other == name or name in needed_by(other)}
-    assert set(FEATURES) - reported(policy(f"{name}=off")) == gone
+    assert set(FEATURES) - reported(policy(f"{name}=off")) == gone | ON_REQUEST
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,16 @@ def test_a_feature_that_is_insisted_on_must_be_there() -> None:
         check_wanted({"avx512f": True}, policy("avx512f=off").reported(), "bt")
 
 
+def test_five_level_paging_is_off_unless_asked_for() -> None:
+    for words, on in (((), False), (("la57=off",), False), (("la57=on",), True), (("avx=off,la57=on",), True)):
+        reported = policy(*words).reported()
+        assert reported[7, 0]["ecx"] >> 16 & 1 == on
+        assert reported[0x8000_0008, 0]["eax"] >> 8 == (57 if on else 48)
+    other = CpuidPolicy(*without(host, Capabilities("other"), {"la57": True}), 1, 2_000_000, 1_000_000).reported()
+    with pytest.raises(UsageError, match="la57=on: the other processor cannot offer it"):
+        check_wanted({"la57": True}, other, "other")
+
+
 def test_help_names_every_feature() -> None:
     assert all(name in cpu_feature_help() for name in FEATURES)
     assert switched_off({"avx512f": False}) >= {"avx512vl", "avx512_bf16"}
@@ -103,7 +114,17 @@ def test_the_translator_knows_the_same_places() -> None:
     from pyhyve.cpu.bt import features
 
     places = {place[1:] for place in features._PLACES}
-    apart = {"pcid", "xsave", "avx", "avx512f", "avx512vl", "smep", "umip", "pdpe1gb"}  # by CR4, XCR0 or page walks
+    apart = {
+        "pcid",
+        "xsave",
+        "avx",
+        "avx512f",
+        "avx512vl",
+        "smep",
+        "umip",
+        "pdpe1gb",
+        "la57",
+    }  # by CR4, XCR0 or page walks
     for name, (*place, _) in FEATURES.items():
         assert (tuple(place) in places) == (name not in apart), name
     assert len(NUMBERS) == len(places) + 1

@@ -15,6 +15,8 @@ ENTRY_64: Final = 0x200
 """The 64-bit entry, from the start of the protected-mode part."""
 MIN_PROTOCOL: Final = 0x020C
 XLF_KERNEL_64: Final = 1 << 0
+XLF_5LEVEL: Final = 3 << 5
+"""The kernel can do with five levels of page tables, and is made to use them."""
 
 _HEADER_MIN: Final = 0x268
 """Bytes from the file's start that protocol 2.12 defines (up to handover_offset)."""
@@ -39,6 +41,11 @@ class BzImage:
     payload_length: int
     pref_address: int
     init_size: int
+
+    @property
+    def five_levels(self) -> bool:
+        flags = int.from_bytes(self.data[0x236:0x238], "little")
+        return flags & XLF_5LEVEL == XLF_5LEVEL
 
     @property
     def protected(self) -> memoryview:

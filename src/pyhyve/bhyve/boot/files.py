@@ -26,6 +26,8 @@ class BootFiles:
     """The kernel's command line; None: what suits the kind of kernel."""
     modules: Sequence[ModuleFile] = ()
     kaslr: bool = False
+    la57: bool = False
+    """The processor has page tables of five levels."""
 
 
 def read_file(path: Path, what: str, *, max_size: int) -> bytes:

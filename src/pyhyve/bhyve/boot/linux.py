@@ -60,6 +60,8 @@ class _Kernel:
     setup_header: bytes
     initrd_addr_max: int
     cmdline_size: int
+    five_levels: bool = False
+    """It is entered with as many levels of page tables as it is to use, and can use five."""
 
 
 def load_linux(
@@ -71,6 +73,7 @@ def load_linux(
     high_ram: int,
     *,
     kaslr: bool = False,
+    la57: bool = False,
     rsdp: int,
     data: bytes | None = None,
 ) -> BootState:
@@ -78,8 +81,9 @@ def load_linux(
 
     `low_ram` and `high_ram` are bytes, as `layout.split_ram` gives them; RAM is taken to hold zeros. `rsdp` is the
     guest-physical address of the ACPI root pointer, 0 for none; `data` the kernel file's content where it has been
-    read already. Nothing is written before everything is known to fit. Raises UsageError, one line, for whatever is
-    wrong with the files, the command line or the memory's size.
+    read already. With `la57`, a kernel that uses five levels of page tables begins with them (where `kaslr` lets it
+    unpack itself, it turns them on by itself). Nothing is written before everything is known to fit. Raises UsageError,
+    one line, for whatever is wrong with the files, the command line or the memory's size.
     """
     image = _read_kernel(kernel, kaslr, data)
     command_line = _command_line(cmdline, image.cmdline_size)
@@ -98,6 +102,7 @@ def load_linux(
         write_piece(memory, piece)
     memory.write(layout.COMMAND_LINE, command_line)
     memory.write(layout.ZERO_PAGE, _boot_params(image.setup_header, ramdisk, low_ram, high_ram, rsdp))
+    five_levels = la57 and image.five_levels and "no5lvl" not in cmdline.split()
     gdt_limit = longmode.write_gdt(memory, layout.BOOT_GDT)
     return BootState(
         rip=image.entry,
@@ -105,8 +110,8 @@ def load_linux(
         rsi=layout.ZERO_PAGE,
         rflags=longmode.RFLAGS,
         cr0=longmode.CR0,
-        cr3=longmode.write_identity_map(memory, layout.BOOT_PAGE_TABLES),
-        cr4=longmode.CR4,
+        cr3=longmode.write_identity_map(memory, layout.BOOT_PAGE_TABLES, five_levels=five_levels),
+        cr4=longmode.CR4 | (longmode.CR4_LA57 if five_levels else 0),
         efer=longmode.EFER,
         gdt_base=layout.BOOT_GDT,
         gdt_limit=gdt_limit,
@@ -156,6 +161,7 @@ def _from_elf(data: bytes, subject: str, image: bzimage.BzImage | None) -> _Kern
         setup_header=image.setup_header if image else _plain_setup_header(),
         initrd_addr_max=image.initrd_addr_max if image else _PLAIN_INITRD_ADDR_MAX,
         cmdline_size=image.cmdline_size if image else _PLAIN_CMDLINE_SIZE,
+        five_levels=image is not None and image.five_levels,
     )
 
 

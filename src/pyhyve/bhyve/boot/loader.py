@@ -44,5 +44,14 @@ def load_kernel(memory: GuestMemory, files: BootFiles, low_ram: int, high_ram: i
             f"--module {files.modules[0].path}: this Linux kernel takes none; give its initial RAM disk as --initrd"
         )
     return load_linux(
-        memory, files.kernel, files.initrd, append, low_ram, high_ram, kaslr=files.kaslr, rsdp=rsdp, data=data
+        memory,
+        files.kernel,
+        files.initrd,
+        append,
+        low_ram,
+        high_ram,
+        kaslr=files.kaslr,
+        la57=files.la57,
+        rsdp=rsdp,
+        data=data,
     )

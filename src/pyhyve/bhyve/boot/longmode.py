@@ -17,6 +17,7 @@ CR0: Final = 1 << 31 | 1 << 5 | 1 << 4 | 1 << 0
 """PG, NE, ET, PE."""
 CR4: Final = 1 << 5
 """PAE."""
+CR4_LA57: Final = 1 << 12
 EFER: Final = 1 << 10 | 1 << 8
 """LMA, LME."""
 RFLAGS: Final = 1 << 1
@@ -44,11 +45,16 @@ def write_gdt(memory: GuestMemory, base: int) -> int:
     return write_table(memory, base, (Segment(attr=0), _CODE, _DATA, _TASK))
 
 
-def write_identity_map(memory: GuestMemory, base: int) -> int:
+def write_identity_map(memory: GuestMemory, base: int, *, five_levels: bool = False) -> int:
     """Map the first 4 GiB onto themselves by 2 MiB pages, writable and executable; return CR3.
 
-    The tables are contiguous from `base`: a PML4, a page-directory-pointer table, four page directories.
+    The tables are contiguous from `base`: with five levels a PML5; a PML4, a page-directory-pointer table, four page
+    directories.
     """
+    if five_levels:
+        _write_table(memory, base, [base + layout.PAGE_SIZE | _PRESENT_WRITABLE])
+        write_identity_map(memory, base + layout.PAGE_SIZE)
+        return base
     pointer_table = base + layout.PAGE_SIZE
     directories = [pointer_table + layout.PAGE_SIZE * (index + 1) for index in range(4)]
     _write_table(memory, base, [pointer_table | _PRESENT_WRITABLE])

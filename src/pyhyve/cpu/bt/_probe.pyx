@@ -169,6 +169,8 @@ cdef class Probe:
         for k, entry in enumerate(entries):
             leaf, sub, a, b, c, d = entry
             self.cpuid_table[k] = CpuidEntry(leaf, 0xFFFFFFFF if sub is None else sub, a, b, c, d)
+            if self.cpuid_table[k].leaf == 7:
+                self.v.la57 = self.cpuid_table[k].ecx >> 16 & 1
             if self.cpuid_table[k].leaf == 0:
                 self.v.amd = self.cpuid_table[k].ebx == 0x68747541U      # Auth
         self.v.cpuid = self.cpuid_table

@@ -45,7 +45,7 @@ class Engine:
             ept_1g=True,
             max_vcpus=64,
             xcr0=0xE7 if avx512 else 7,
-            notes=("pcid", "pku", "xsaves", "avx512") if avx512 else ("pcid", "pku", "xsaves"),
+            notes=("pcid", "pku", "xsaves", "la57", *(("avx512",) if avx512 else ())),
         )
 
     def unavailable(self) -> str | None:

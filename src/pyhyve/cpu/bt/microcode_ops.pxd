@@ -113,6 +113,12 @@ cdef inline bint canonical(Vcpu* v, uint64_t lin) noexcept nogil:
     cdef int64_t high = (<int64_t>lin) >> (56 if v.cr4 & CR4_LA57 else 47)
     return high == 0 or high == -1
 
+cdef inline bint canonical_base(Vcpu* v, uint64_t lin) noexcept nogil:
+    """For what keeps an address (MSRs, bases of segments and tables, INVPCID): as wide as the processor has them,
+    whatever CR4.LA57 says."""
+    cdef int64_t high = (<int64_t>lin) >> (56 if v.la57 else 47)
+    return high == 0 or high == -1
+
 cdef inline uint32_t operand_size(Vcpu* v, Insn* i) noexcept nogil:
     """2, 4 or 8 by CS, 66 and REX.W, for instructions whose size is not 64 bits by default."""
     if is64(v):

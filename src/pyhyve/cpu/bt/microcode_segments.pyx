@@ -333,7 +333,7 @@ cdef int group6(Vcpu* v, Insn* i) noexcept nogil:
         r = read_u64(v, descriptor_at(v, selector) + 8, BANK_KERNEL, &high)
         if r != R_OK:
             return r
-        if (high >> 40) & 0x1F or not canonical(v, (high << 32) | desc_base(d)):
+        if (high >> 40) & 0x1F or not canonical_base(v, (high << 32) | desc_base(d)):
             return fault_code(v, GP, code)
     if op == 3:
         d |= <uint64_t>2 << 40                   # busy

@@ -243,7 +243,7 @@ cdef int load_table(Vcpu* v, Insn* i, TableReg* t) noexcept nogil:
         return r
     base = (<uint64_t*>(image + 2))[0]
     if is64(v):
-        if not canonical(v, base):
+        if not canonical_base(v, base):
             return gp0(v)
     else:
         base &= 0xFFFFFFFFULL if operand_size(v, i) == 4 else 0xFFFFFFULL
@@ -377,7 +377,7 @@ cdef int invpcid(Vcpu* v, Insn* i) noexcept nogil:
     if kind < 2 and d[0] and not v.cr4 & CR4_PCIDE:
         return gp0(v)
     if kind == 0:
-        if v.efer & EFER_LMA and not canonical(v, d[1]):
+        if v.efer & EFER_LMA and not canonical_base(v, d[1]):
             return gp0(v)
         mmu_flush_page(v, d[1])
     elif kind == 2:
@@ -495,7 +495,7 @@ cdef int wrmsr(Vcpu* v, Insn* i) noexcept nogil:
         return advance(v, i)
     if (place == &v.lstar or place == &v.cstar or place == &v.seg[SEG_FS].base or place == &v.seg[SEG_GS].base
             or place == &v.kernel_gs_base or place == &v.sysenter_esp or place == &v.sysenter_eip):
-        if not canonical(v, value):
+        if not canonical_base(v, value):
             return gp0(v)
     elif place == &v.tsc_aux:
         if value >> 32:
@@ -519,7 +519,7 @@ cdef int fsgsbase(Vcpu* v, Insn* i) noexcept nogil:
         write_reg(v, i.rm, v.seg[seg].base, size)
         return advance(v, i)
     value = v.gpr[i.rm] & size_mask(size)
-    if not canonical(v, value):
+    if not canonical_base(v, value):
         return gp0(v)
     v.seg[seg].base = value
     return advance(v, i)

@@ -667,6 +667,8 @@ cdef class BtVcpu:
             table[n].ebx = entry.ebx
             table[n].ecx = entry.ecx
             table[n].edx = entry.edx
+            if table[n].leaf == 7 and table[n].subleaf == 0:
+                self.v.la57 = table[n].ecx >> 16 & 1
             if table[n].leaf == 0:
                 self.v.amd = table[n].ebx == 0x68747541U or table[n].ebx == 0x6F677948U      # Auth, Hygo
             n += 1

@@ -266,6 +266,7 @@ cdef struct Vcpu:
     uint32_t n_watches
     uint64_t db_pending          # for the next instruction boundary: bits of DR6; from bit 32 on, the monitor's
     uint64_t amd                 # CPUID reports an AMD (or Hygon) processor: SYSCALL and its kin differ
+    uint64_t la57                # CPUID reports 57-bit linear addresses
     uint64_t watch_key           # part of the mode while instructions are watched
     uint64_t watch_generation
     uint64_t watch_skip          # linear address + 1 whose watch by the monitor has been reported
