@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(native32.missing() is not None, reason=str(nativ
 
 BATCHES: Final = int(os.environ.get("PYHYVE_PROGRAMS", "2"))
 PROGRAMS: Final = 48
-SLOT: Final = 256
+SLOT: Final = 640
 HERE: Final = ALIAS + DATA
 AREA: Final = 0x5000
 """Bytes of memory at DATA that programs use, and that are compared."""
@@ -42,12 +42,13 @@ SEGMENTS: Final = (
     Descriptor(HERE, 0, kind=1, pages=True),
     Descriptor(HERE + 0x1FFD, 0x1003),
 )
-STACKS: Final = (0, 2, 6, 7, 8, 11)
+FLAT: Final = 9
+STACKS: Final = (0, 2, 6, 7, 8, FLAT, FLAT, FLAT, 11)
 EDGES: Final = (0, 0x7FF, 0xFFF, 0x1003, 0x1FFF, 0xFFFF)
 
 READS: Final = (
     "mov eax, {m}", "mov ax, {m}", "mov al, {m}", "add eax, {m}", "cmp {m}, al", "movzx edx, word ptr {m}",
-    "imul edx, {m}", "fild qword ptr {m}; fistp dword ptr {m}", "movd mm0, {m}", "movups xmm0, {m}",
+    "imul edx, {m}; test edx, edx", "fild qword ptr {m}; fistp dword ptr {m}", "movd mm0, {m}", "movups xmm0, {m}",
     "fldcw {m}; fninit", "bt dword ptr {m}, ecx", "push dword ptr {m}", "adc ebp, {m}", "fld tbyte ptr {m}; fstp st(0)",
     "test {m}, edx",
 )  # fmt: skip
@@ -83,11 +84,13 @@ class Programs:
 
     def load(self, name: str) -> str:
         r = self.random
-        index = r.choice(STACKS) if name == "ss" else r.randrange(len(SEGMENTS))
+        index = r.choice(STACKS) if name == "ss" else r.choice((FLAT, r.randrange(len(SEGMENTS))))
         text = f"mov ax, {selector(index)}; mov {name}, ax"
         if name != "ss":
             return text
-        at = r.choice((0x1000, 0x1800, 0x1F00, r.choice(EDGES) + r.randrange(-40, 41)))
+        at = r.choice((0x1000, 0x1800, 0x1F00, r.choice(EDGES) + r.randrange(-40, 41))) + (
+            HERE + 0x100 if index == FLAT else 0
+        )
         return f"{text}; mov esp, {at & 0xFFFF_FFFF:#x}; mov ebp, {(at + r.choice((0, 8, 16))) & 0xFFFF_FFFF:#x}"
 
     def operand(self) -> str:
@@ -100,13 +103,29 @@ class Programs:
             return f"{segment}:[bx+{r.randrange(-16, 16)}]"
         return f"{segment}:[{r.choice(('ebx', 'esi', 'edi', 'ebx+esi*2', 'ebp'))}+{r.randrange(-16, 16)}]"
 
+    def frame(self) -> str:
+        """Accesses off one register, which may share a check."""
+        r = self.random
+        base = r.choice(("ebx", "ebp", "esp", "esi"))
+        texts = (
+            [f"mov {base}, {HERE + r.choice((0x1000, 0x1800, 0x2000, 0x1FFC)):#x}"] if base in ("ebx", "esi") else []
+        )
+        for _ in range(r.randrange(3, 8)):
+            if r.random() < 0.3:
+                texts.append(r.choice(STACK))
+            else:
+                texts.append(r.choice(READS + WRITES).replace("{m}", f"[{base}+{r.randrange(-24, 24)}]"))
+        return "; ".join(texts)
+
     def step(self) -> str:
         r = self.random
         kind = r.random()
         if kind < 0.25:
             return self.load(r.choice(("ds", "es", "fs", "gs", "ss")))
         if kind < 0.4:
-            return f"mov {r.choice(('ebx', 'esi', 'edi'))}, {self.offset():#x}"
+            return f"mov {r.choice(('ebx', 'esi', 'edi'))}, {r.choice((0, HERE)) + self.offset() & 0xFFFF_FFFF:#x}"
+        if kind < 0.55:
+            return self.frame()
         if kind < 0.75:
             return r.choice(READS + WRITES).replace("{m}", self.operand())
         if kind < 0.9:

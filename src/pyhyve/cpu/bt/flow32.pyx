@@ -4,29 +4,16 @@ becomes 0. With a flat stack, runs of PUSH and of POP share one check, as in 64-
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 
-from pyhyve.cpu.bt.access cimport commit_store, host_address
+from pyhyve.cpu.bt.access cimport commit_store
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport go, go_ibt_r10
-from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
-from pyhyve.cpu.bt.sharing cimport operand
-from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RSP, SEG_SS, Vcpu
+from pyhyve.cpu.bt.sharing cimport operand, stack_operand
+from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RBP, RSP, SEG_SS, Vcpu
 from pyhyve.cpu.bt.thunks cimport GROUP
 
 # --- the stack -------------------------------------------------------------------------------------------------------
-
-cdef void _stack(T* t, int n, int base, int32_t disp, int access, uint32_t width) noexcept nogil:
-    """r10 = host address of SS:[base + disp]."""
-    cdef Emit* e = &t.e
-    lea_rd(e, H_T0, base, disp, 0)
-    if t.sp16:
-        e2(e, 0x45, 0x0F)                        # movzx r10d, r10w
-        e2(e, 0xB7, 0xD2)
-    add_segment(t, SEG_SS, access, width)
-    add_alignment(t, NULL, width)
-    host_address(t, n, access, width, t.live[n])
-
 
 cdef void _set_sp(T* t, int base, int32_t disp) noexcept nogil:
     """The stack pointer becomes base + disp. Destroys r11 where it is SP."""
@@ -79,7 +66,7 @@ cdef int _run(T* t, int n, int first) noexcept nogil:
 
 cdef void _push_imm(T* t, int n, uint32_t value, int size) noexcept nogil:
     cdef Emit* e = &t.e
-    _stack(t, n, H_GSP, -size, ACCESS_WRITE, size)
+    stack_operand(t, n, RSP, -size, ACCESS_WRITE, size, t.live[n])
     if size == 2:
         e1(e, 0x66)
     e3(e, 0x41, 0xC7, 0x02)                      # mov [r10], imm
@@ -93,7 +80,7 @@ cdef void _push_imm(T* t, int n, uint32_t value, int size) noexcept nogil:
 
 cdef void _push_tmp0(T* t, int n, int size) noexcept nogil:
     cdef Emit* e = &t.e
-    _stack(t, n, H_GSP, -size, ACCESS_WRITE, size)
+    stack_operand(t, n, RSP, -size, ACCESS_WRITE, size, t.live[n])
     ld_gs(e, H_T1, OFF(&(<Vcpu*>NULL).tmp0))
     _store(e, H_T1, 0, size)
     commit_store(t, n)
@@ -105,7 +92,7 @@ cdef bint _push_all(T* t, int n) noexcept nogil:
     cdef int r
     if t.single or t.sp16 or t.check >> SEG_SS & 1 or t.insns[n].opsize != 4:
         return False
-    _stack(t, n, H_GSP, -32, ACCESS_WRITE | GROUP, 32)
+    stack_operand(t, n, RSP, -32, ACCESS_WRITE | GROUP, 32, t.live[n])
     for r in range(8):
         _store(&t.e, host_of(r), 28 - 4 * r, 4)
     commit_store(t, n)
@@ -117,7 +104,7 @@ cdef bint _pop_all(T* t, int n) noexcept nogil:
     cdef int r
     if t.single or t.sp16 or t.check >> SEG_SS & 1 or t.insns[n].opsize != 4:
         return False
-    _stack(t, n, H_GSP, 0, ACCESS_READ | GROUP, 32)
+    stack_operand(t, n, RSP, 0, ACCESS_READ | GROUP, 32, t.live[n])
     for r in range(8):
         if r != RSP:
             op_mem(&t.e, 0x8B, r, H_T0, 28 - 4 * r, 0)
@@ -135,7 +122,7 @@ cdef bint emit_stack32(T* t, int n, int* took) noexcept nogil:
         return False
     if 0x50 <= op <= 0x57:
         took[0] = _run(t, n, 0x50)
-        _stack(t, n, H_GSP, -size * took[0], ACCESS_WRITE | (GROUP if took[0] > 1 else 0), size * took[0])
+        stack_operand(t, n, RSP, -size * took[0], ACCESS_WRITE | (GROUP if took[0] > 1 else 0), size * took[0], t.live[n])
         for k in range(took[0]):
             _store(e, host_of(t.insns[n + k].rm), size * (took[0] - 1 - k), size)
         commit_store(t, n)
@@ -143,7 +130,7 @@ cdef bint emit_stack32(T* t, int n, int* took) noexcept nogil:
         return True
     if 0x58 <= op <= 0x5F:
         took[0] = _run(t, n, 0x58)
-        _stack(t, n, H_GSP, 0, ACCESS_READ | (GROUP if took[0] > 1 else 0), size * took[0])
+        stack_operand(t, n, RSP, 0, ACCESS_READ | (GROUP if took[0] > 1 else 0), size * took[0], t.live[n])
         if took[0] == 1:
             _load(e, H_T0, size)
             _set_sp(t, H_GSP, size)
@@ -166,7 +153,7 @@ cdef bint emit_stack32(T* t, int n, int* took) noexcept nogil:
         _push_tmp0(t, n, size)
         return True
     if op == 0xC9:                               # LEAVE
-        _stack(t, n, H_RBP, 0, ACCESS_READ, size)
+        stack_operand(t, n, RBP, 0, ACCESS_READ, size, t.live[n])
         _load(e, H_T0, size)
         _set_sp(t, H_RBP, size)
         _to_register(e, H_RBP, size)
@@ -197,7 +184,7 @@ cdef bint emit_branch32(T* t, int n) noexcept nogil:
     if t.limit < (<uint64_t>0xFFFF if size == 2 else <uint64_t>0xFFFFFFFF):
         return False                             # a target that is not known may be over the limit
     if i.opcode == 0xC3 or i.opcode == 0xC2:
-        _stack(t, n, H_GSP, 0, ACCESS_READ, size)
+        stack_operand(t, n, RSP, 0, ACCESS_READ, size, t.live[n])
         _load(e, H_T0, size)
         _set_sp(t, H_GSP, size + (<int32_t>(i.imm & 0xFFFF) if i.opcode == 0xC2 else 0))
         go_ibt_r10(t)

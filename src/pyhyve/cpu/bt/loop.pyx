@@ -153,7 +153,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
     if m.bank > 3 and segment_check(v, &lin, m.bank, 0, width, access) != R_OK:
-        v.leave_reason = LEAVE_FAULT
+        v.leave_reason = LEAVE_SINGLE if group else LEAVE_FAULT
         return 0
     if data_watched(v, lin, width, access):
         return _leave_access(v, R_SLOW, group, access)

@@ -105,9 +105,9 @@ cdef void add_segment(T* t, int seg, int access, uint32_t width) noexcept nogil:
             ld_gs(e, H_T1, o_segbase(seg))
             lea_sib(e, H_T0, H_T0, H_T1, 0, 0, 1)
         return
+    t.guard |= (seg + 1) << 2                    # a miss looks at flat segments too: the end of 4 GiB
     if seg <= SEG_DS and seg != SEG_CS and not t.check >> seg & 1:
         return
-    t.guard |= (seg + 1) << 2
     ld_gs(e, H_T1, o_segbase(seg))
     if seg >= SEG_FS and t.size == 32:
         # mostly with a limit of 4 GiB (thread-local data): no more than that is looked at

@@ -8,12 +8,30 @@ from pyhyve.cpu.bt.access cimport effective_address, host_address
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.kinds cimport is_pop_reg, is_push_reg
 from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
-from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, RBP, RCX, RSP, SEG_FS, SEG_GS, Vcpu
+from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, RBP, RCX, RSP, SEG_CS, SEG_DS, SEG_FS, SEG_SS, Vcpu
 from pyhyve.cpu.bt.thunks cimport SHARED
 
 # --- before code is made ---------------------------------------------------------------------------------------------
+
+cdef inline int _word(T* t) noexcept nogil:
+    return 8 if t.size == 64 else 4
+
+
+cdef inline bint _flat(T* t, int seg) noexcept nogil:
+    """Accesses through the segment are neither moved nor checked."""
+    if t.size == 64 or seg > SEG_DS or seg == SEG_CS:
+        return seg < SEG_FS and t.size == 64
+    return not t.check >> seg & 1
+
+
+cdef inline bint _push_reg(T* t, Insn* i) noexcept nogil:
+    return i.map == 0 and 0x50 <= i.opcode <= 0x57 and i.opsize == _word(t)
+
+
+cdef inline bint _pop_reg(T* t, Insn* i) noexcept nogil:
+    return i.map == 0 and 0x58 <= i.opcode <= 0x5F and i.opsize == _word(t) and i.rm != RSP
+
 
 cdef void _bump(T* t, int reg) noexcept nogil:
     t.version[reg & 15] += 1
@@ -42,9 +60,9 @@ cdef void _note(T* t, int n, int k, int base, int32_t disp, uint32_t width, int 
 cdef void _note_operand(T* t, int n, int write) noexcept nogil:
     """The memory operand of instruction n, if it is of the form [base + displacement]."""
     cdef Insn* i = &t.insns[n]
-    if i.masked or i.base > 15 or special(i.base) or i.index != REG_NONE or i.addrsize != 8 or i.mem_width == 0:
+    if i.masked or i.base > 15 or special(i.base) or i.index != REG_NONE or i.addrsize != _word(t) or i.mem_width == 0:
         return
-    if i.attr & (A_MOFFS | A_BITOFF | A_NO_ACCESS) or i.seg == SEG_FS or i.seg == SEG_GS or i.mem_width > 64:
+    if i.attr & (A_MOFFS | A_BITOFF | A_NO_ACCESS) or not _flat(t, i.seg) or i.mem_width > 64:
         return
     if -0x100000 < i.disp < 0x100000:
         _note(t, n, 0, i.base, <int32_t>i.disp, i.mem_width, write)
@@ -106,9 +124,9 @@ cdef void _note_writes(T* t, Insn* i) noexcept nogil:
         _bump(t, 2)
 
 
-cdef bint _moves_rsp(Insn* i, int32_t* by) noexcept nogil:
+cdef bint _moves_rsp(T* t, Insn* i, int32_t* by) noexcept nogil:
     """ADD or SUB of an immediate, or LEA, that only moves RSP by a constant."""
-    if i.cls != C_COPY or i.enc != ENC_LEGACY or i.map != 0 or i.opsize != 8:
+    if i.cls != C_COPY or i.enc != ENC_LEGACY or i.map != 0 or i.opsize != _word(t):
         return False
     if (i.opcode == 0x81 or i.opcode == 0x83) and i.mod == 3 and i.rm == RSP and -0x100000 < i.imm < 0x100000:
         if (i.reg & 7) == 0:
@@ -118,7 +136,7 @@ cdef bint _moves_rsp(Insn* i, int32_t* by) noexcept nogil:
             by[0] = -<int32_t>i.imm
             return True
         return False
-    if i.opcode == 0x8D and i.reg == RSP and i.base == RSP and i.index == REG_NONE and i.addrsize == 8 \
+    if i.opcode == 0x8D and i.reg == RSP and i.base == RSP and i.index == REG_NONE and i.addrsize == _word(t) \
             and -0x100000 < i.disp < 0x100000:
         by[0] = <int32_t>i.disp
         return True
@@ -128,6 +146,7 @@ cdef bint _moves_rsp(Insn* i, int32_t* by) noexcept nogil:
 cdef void find_accesses(T* t) noexcept nogil:
     """Fill t.acc: which accesses go off which value of which register."""
     cdef int n, r
+    cdef int word = _word(t)
     cdef int32_t by = 0
     cdef Insn* i
     for r in range(16):
@@ -137,43 +156,47 @@ cdef void find_accesses(T* t) noexcept nogil:
     for n in range(t.n):
         t.acc[n][0].valid = 0
         t.acc[n][1].valid = 0
-        if t.size != 64 or t.single:
+        if t.size == 16 or t.single:
             continue
         i = &t.insns[n]
         if i.cls == C_COPY:
             if i.attr & A_MEM:
                 _note_operand(t, n, i.mem_access != M_READ)
-            if _moves_rsp(i, &by):
+            if _moves_rsp(t, i, &by):
                 t.sp += by
             else:
                 _note_writes(t, i)
         elif i.cls == C_STACK:
-            if is_push_reg(i) or (i.map == 0 and i.opsize == 8 and (i.opcode == 0x68 or i.opcode == 0x6A)):
-                _note(t, n, 1, RSP, -8, 8, 1)
-                t.sp -= 8
-            elif is_pop_reg(i):
-                _note(t, n, 1, RSP, 0, 8, 0)
-                t.sp += 8
+            if t.sp16 or not _flat(t, SEG_SS):
+                _bump_all(t)
+            elif _push_reg(t, i) or (i.map == 0 and i.opsize == word and (i.opcode == 0x68 or i.opcode == 0x6A)):
+                _note(t, n, 1, RSP, -word, word, 1)
+                t.sp -= word
+            elif _pop_reg(t, i):
+                _note(t, n, 1, RSP, 0, word, 0)
+                t.sp += word
                 _bump(t, i.rm)
-            elif i.map == 0 and i.opcode == 0xFF and i.opsize == 8 and i.attr & A_MEM:
+            elif i.map == 0 and i.opcode == 0xFF and i.opsize == word and i.attr & A_MEM:
                 _note_operand(t, n, 0)
-                _note(t, n, 1, RSP, -8, 8, 1)
-                t.sp -= 8
-            elif i.map == 0 and i.opcode == 0xC9 and i.opsize == 8:
-                _note(t, n, 1, RBP, 0, 8, 0)
+                _note(t, n, 1, RSP, -word, word, 1)
+                t.sp -= word
+            elif i.map == 0 and i.opcode == 0xC9 and i.opsize == word:
+                _note(t, n, 1, RBP, 0, word, 0)
                 _bump(t, RBP)
                 _bump(t, RSP)
             else:
                 _bump_all(t)
         elif i.cls == C_BRANCH:
-            if i.map == 0 and (i.opcode == 0xE8 or i.opcode == 0xFF and (i.reg & 7) == 2):
+            if i.map != 0 or t.sp16 or not _flat(t, SEG_SS) or (t.size != 64 and i.opsize != word):
+                continue
+            if i.opcode == 0xE8 or i.opcode == 0xFF and (i.reg & 7) == 2:
                 if i.opcode == 0xFF and i.attr & A_MEM:
                     _note_operand(t, n, 0)
-                _note(t, n, 1, RSP, -8, 8, 1)
-            elif i.map == 0 and i.opcode == 0xFF and i.attr & A_MEM:
+                _note(t, n, 1, RSP, -word, word, 1)
+            elif i.opcode == 0xFF and i.attr & A_MEM:
                 _note_operand(t, n, 0)
-            elif i.map == 0 and (i.opcode == 0xC3 or i.opcode == 0xC2):
-                _note(t, n, 1, RSP, 0, 8, 0)
+            elif i.opcode == 0xC3 or i.opcode == 0xC2:
+                _note(t, n, 1, RSP, 0, word, 0)
         elif i.cls != C_NOP:
             _bump_all(t)
 
@@ -206,6 +229,15 @@ cdef int _share_range(T* t, int n, int k, Access* a, int32_t* lo, int32_t* hi) n
     return found
 
 
+cdef inline void _add_addend(T* t, int base, int32_t disp) noexcept nogil:
+    """r10 += base + disp"""
+    if t.size == 64:
+        lea_sib(&t.e, H_T0, H_T0, base, 0, disp, 1)
+    else:
+        lea_rd(&t.e, H_T1, base, disp, 0)
+        lea_sib(&t.e, H_T0, H_T0, H_T1, 0, 0, 1)
+
+
 cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width, int live) noexcept nogil:
     """r10 = host address of [base + disp], by a check that serves several accesses. False: this one is alone.
     `off` and `width` are of all that this access needs (a group of pushes: more than acc[n][k] says)."""
@@ -221,7 +253,7 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
         if s.base == a.base and s.version == a.version and s.lo <= off and off + <int32_t>width <= s.hi \
                 and (s.write or not a.write):
             ld_gs(e, H_T0, o_share(j))
-            lea_sib(e, H_T0, H_T0, host_of(a.base), 0, disp, 1)
+            _add_addend(t, host_of(a.base), disp)
             return True
     if t.n_shares >= 16:
         return False
@@ -235,10 +267,10 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
     s.lo = lo
     s.hi = hi
     s.write = a.write
-    lea_rd(e, H_T0, host_of(a.base), disp + (lo - off), 1)
+    lea_rd(e, H_T0, host_of(a.base), disp + (lo - off), t.size == 64)
     host_address(t, n, (ACCESS_WRITE if a.write else ACCESS_READ) | SHARED, <uint32_t>(hi - lo), live)
     st_gs(e, H_T0, o_share(t.n_shares))
-    lea_sib(e, H_T0, H_T0, host_of(a.base), 0, disp, 1)
+    _add_addend(t, host_of(a.base), disp)
     t.n_shares += 1
     return True
 
@@ -256,10 +288,14 @@ cdef void operand(T* t, int n, int access, uint32_t width, int live) noexcept no
 
 
 cdef void stack_operand(T* t, int n, int base, int32_t disp, int access, uint32_t width, int live) noexcept nogil:
-    """r10 = host address of [base + disp], `width` bytes of stack."""
+    """r10 = host address of SS:[base + disp], `width` bytes of stack."""
     cdef Access* a = &t.acc[n][1]
     if a.valid and _shared(t, n, 1, a.off + disp - a.disp, disp, width, live):
         return
-    lea_rd(&t.e, H_T0, host_of(base), disp, 1)
+    lea_rd(&t.e, H_T0, host_of(base), disp, t.size == 64)
+    if t.sp16:
+        e2(&t.e, 0x45, 0x0F)                     # movzx r10d, r10w
+        e2(&t.e, 0xB7, 0xD2)
+    add_segment(t, SEG_SS, access, width)
     add_alignment(t, NULL, width)
     host_address(t, n, access, width, live)
