@@ -52,8 +52,8 @@ __asm__(
     "pop %r11\npop %r10\npop %r9\npop %r8\npop %rdi\npop %rsi\npop %rdx\npop %rcx\npop %rax\niretq\n"
     /* rax: 0 a system call, else back to the kernel */
     "on_syscall: test %eax, %eax\njnz 1f\nsysretq\n1: mov kernel_stack, %rsp\nret\n"
-    "user: mov %rdi, %r12\n1: xor %eax, %eax\nsyscall\ndec %r12\njnz 1b\nmov $1, %eax\nsyscall\n"
-    ".globl run_user\nrun_user: push %rbx\npush %rbp\npush %r12\npush %r13\npush %r14\npush %r15\nlea -8(%rsp), %rax\n"
+    ".balign 4096\nuser: mov %rdi, %r12\n1: xor %eax, %eax\nsyscall\ndec %r12\njnz 1b\nmov $1, %eax\nsyscall\n"
+    ".balign 4096\n.globl run_user\nrun_user: push %rbx\npush %rbp\npush %r12\npush %r13\npush %r14\npush %r15\nlea -8(%rsp), %rax\n"
     "lea 1f(%rip), %rcx\nmov %rcx, (%rax)\nmov %rax, kernel_stack\nlea user(%rip), %rcx\nmov $0x2, %r11d\nsysretq\n"
     "1: pop %r15\npop %r14\npop %r13\npop %r12\npop %rbp\npop %rbx\nret\n"
     ".balign 4096\nnear_call: mov %rdi, %rcx\n1: .rept 8\ncall 2f\n.endr\ndec %rcx\njnz 1b\nret\n2: ret\n"

@@ -282,7 +282,7 @@ cdef void _tell_others(Cache* c, uint64_t page) noexcept nogil:
             if spins & 63:
                 cpu_relax()
             else:
-                spin_yield(c.shared)
+                cpu_yield()
 
 
 cdef int _add_to_page(Cache* c, uint64_t page, uint64_t chunks, CodePage** out) noexcept nogil:

@@ -411,8 +411,6 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             # who sets these bytes has stored before what they tell of: do not look at that before they are clear
             cpu_fence()
             inbox_process(c)
-            if c.shared.n_vcpus > 1:
-                give_back(c.shared, &c.not_before)  # another may have waited for this vCPU to pass here
             if v.kick:
                 v.kick = 0
                 v.exit.reason = X_EXTERNAL_INTERRUPT

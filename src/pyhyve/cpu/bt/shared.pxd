@@ -36,7 +36,7 @@ cdef struct Inbox:
 cdef struct Shared:
     uint32_t lock
     uint32_t n_vcpus
-    uint32_t yielding       # vCPUs that wait (in PAUSE, or for a safe point) and have given up their host processor
+    uint32_t yielding       # vCPUs that wait in PAUSE and have given up their host processor
     Inbox* inboxes[SHARED_VCPUS]
     uint64_t n_pages
     SharedPage pages[SHARED_PAGES]
@@ -56,7 +56,9 @@ cdef bint waiting_for(Inbox* inbox, uint64_t ticket) noexcept nogil
 cdef void cpu_relax() noexcept nogil
 # Stores before it are seen by all before loads behind it are made.
 cdef void cpu_fence() noexcept nogil
-# For a vCPU that spins: let another thread of the host run. What it waits for may be waiting for its processor.
+# Let another thread of the host run: what this one waits for may be waiting for its processor.
+cdef void cpu_yield() noexcept nogil
+# The same for a vCPU that spins in PAUSE.
 cdef void spin_yield(Shared* s) noexcept nogil
 # For a vCPU that may just have done what another spins for: let that one run, if it gave up its processor. Not before the
 # time in `not_before` (the vCPU's own), which grows where others than vCPUs take what is given.

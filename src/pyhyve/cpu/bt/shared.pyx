@@ -160,6 +160,10 @@ cdef void cpu_relax() noexcept nogil:
     bt_pause()
 
 
+cdef void cpu_yield() noexcept nogil:
+    bt_yield()
+
+
 cdef void spin_yield(Shared* s) noexcept nogil:
     bt_add32(&s.yielding, 1)
     bt_yield()
