@@ -225,7 +225,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines.append(
         f"| **geometric mean of the eight** | | | | {means[0]} | {targets[0]} | {means[1]} (target {targets[1]}) | |"
     )
-    if document["parallel"] is not None:
+    if document.get("parallel") is not None:  # a file of an older version has none
         factors = {side: _number(document["parallel"][side]["speedup"], 2) for side in SIDES}
         lines += [
             "",
