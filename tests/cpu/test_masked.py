@@ -131,7 +131,8 @@ def test_stores_need_rights_where_they_store(mask: int, done: bool) -> None:
 def test_a_store_changes_code_that_it_reaches_and_no_other() -> None:
     """Two calls of one routine: the store between them replaces the value that it returns."""
     code = """lea rbx, [rip + value - 64]; mov eax, 1 << 16; kmovd k2, eax; call routine; mov r8d, eax
-        mov eax, 1; kmovd k2, eax; lea rbx, [rip + value]; vmovdqu32 [rbx]{k2}, zmm1; call routine; mov r9d, eax; jmp out
+        mov eax, 1; kmovd k2, eax; lea rbx, [rip + value]; vmovdqu32 [rbx]{k2}, zmm1; call routine
+        mov r9d, eax; jmp out
         routine: .byte 0xb8
         value: .long 7
         ret

@@ -32,8 +32,8 @@ instructions), exits (the cold part), thunks (what the cold part calls).
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT,
-    MODE_SLOW,
+    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_REAL, MODE_SINGLE, MODE_SIZE,
+    MODE_SIZE_SHIFT, MODE_SLOW,
     Block, Cache,
     block_new, cache_room, ibt_hash,
 )
@@ -59,6 +59,8 @@ cdef enum:
 cdef bint undefined_here(Vcpu* v, Insn* i, uint64_t mode) noexcept nogil:
     """An instruction that CPUID does not report, or whose registers the guest has not enabled."""
     cdef int feature = i.feature & (V_LENGTH - 1)
+    if mode & MODE_REAL and i.enc != ENC_LEGACY:
+        return True
     if not v.features >> feature & 1:
         if feature != FT_LZCNT and (feature != FT_BMI1 or i.enc != ENC_LEGACY):
             return True
