@@ -112,9 +112,9 @@ cdef inline int host_of(int r) noexcept nogil:
 
 cdef inline uint64_t near_target(T* t, Insn* i, uint64_t target) noexcept nogil:
     """The target of a direct branch, cut as its operand size says."""
-    if t.size == 64:
-        return target
-    return target & (0xFFFF if i.opsize == 2 else <uint64_t>0xFFFFFFFF)
+    if i.opsize == 2:
+        return target & 0xFFFF
+    return target if t.size == 64 else target & <uint64_t>0xFFFFFFFF
 
 cdef inline uint64_t branch_target(T* t, int n) noexcept nogil:
     """Where direct branch n of the block goes."""

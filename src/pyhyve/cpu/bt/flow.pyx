@@ -165,6 +165,8 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         back = target <= t.rips[n] or sti
         if i.addrsize == 4:
             e1(e, 0x67)
+        if i.prefixes & (P_F2 | P_F3):
+            e1(e, 0xF2 if i.prefixes & P_F2 else 0xF3)       # some processors take LOOPNE's condition from these
         e2(e, op, 0x05)
         skip = jmp_fwd(e)
         go(t, target, back)
@@ -173,6 +175,8 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         return True
     if t.size != 64:
         return emit_branch32(t, n)
+    if i.opsize != 8:
+        return False
     if op == 0xE8:
         stack_operand(t, n, RSP, -8, ACCESS_WRITE, 8, t.live[n])
         _store_imm64(t, next_rip)
@@ -187,7 +191,7 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         lea_rd(e, H_GSP, H_GSP, 8 + (<int32_t>(i.imm & 0xFFFF) if op == 0xC2 else 0), 1)
         go_ibt_r10(t)
         return True
-    if op == 0xFF and i.opsize == 8:
+    if op == 0xFF:
         if (i.reg & 7) == 4:
             _load_rm64(t, n)
             go_ibt_r10(t)

@@ -6,6 +6,38 @@ from libc.stdint cimport uint8_t
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.state cimport RSP
 
+cdef extern from *:
+    """
+    /* Whether the processor (the host's, which is what guests are told) is AMD's or Hygon's. */
+    static inline int bt_amd(void) {
+        static int known;
+        if (!known) {
+            unsigned a = 0, b, c = 0, d;
+            __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+            known = b == 0x68747541 || b == 0x6f677948 ? 2 : 1;
+        }
+        return known == 2;
+    }
+    static inline int bt_cmpccxadd(void) {
+        static int known;
+        if (!known) {
+            unsigned a = 7, b, c = 1, d;
+            __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+            known = a & 0x80 ? 2 : 1;
+        }
+        return known == 2;
+    }
+    """
+    bint bt_amd() noexcept nogil
+    bint bt_cmpccxadd() noexcept nogil
+
+cdef inline bint is_cmpccxadd(Insn* i) noexcept nogil:
+    return i.enc == ENC_VEX and i.map == 2 and 0xE0 <= i.opcode <= 0xEF
+
+cdef inline bint is_odd_nop(Insn* i) noexcept nogil:
+    """0F 0D of a register: PREFETCHW, so undefined, where the processor is AMD's; a reserved NOP elsewhere."""
+    return i.opcode == 0x0D and i.mod == 3 and i.map == 1 and i.cls == C_NOP and bt_amd()
+
 cdef inline bint is_vector(Insn* i) noexcept nogil:
     """x87, MMX, SSE or AVX: what CR0.TS and CR0.EM forbid."""
     cdef uint8_t op = i.opcode

@@ -8,10 +8,11 @@ from pyhyve.cpu.bt.codecache cimport *
 from pyhyve.cpu.bt.debug cimport (
     DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
 )
-from pyhyve.cpu.bt.decode cimport A_MEM, C_BRANCH, C_COPY, C_INVALID, C_LIMIT, C_STACK, Insn, decode
+from pyhyve.cpu.bt.decode cimport C_BRANCH, C_COPY, C_INVALID, C_LIMIT, Insn
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_write
+from pyhyve.cpu.bt.priority cimport access_fault
 from pyhyve.cpu.bt.segments cimport CS_LIMITS_FULL, segment_check, segments_forget, segments_mode
 from pyhyve.cpu.bt.shared cimport cpu_fence, give_back, set_in_guest, spin_yield
 from pyhyve.cpu.bt.state cimport *
@@ -29,8 +30,6 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
     else:
         if attr & 0x4000:
             mode |= 1 << MODE_SIZE_SHIFT
-        if not v.cr0 & 1 or v.sysflags & F_VM:
-            mode |= MODE_REAL
         mode |= (v.seg[SEG_CS].base & <uint64_t>0xFFFFFFFF) << MODE_CSBASE_SHIFT | segments_mode(v)
     if v.acflag:
         if v.cpl != 3:
@@ -39,7 +38,7 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
             mode |= <uint64_t>1 << MODE_ALIGN_SHIFT
     if v.cr0 & 0xC:
         mode |= MODE_NOFP
-    if v.cr4 & (1 << 18) and v.xcr0 & 4:
+    if v.cr4 & (1 << 18) and v.xcr0 & 4 and v.cr0 & 1 and not v.sysflags & F_VM:
         mode |= MODE_AVX
         if v.xcr0 & 0xE0:
             mode |= MODE_AVX512
@@ -63,6 +62,11 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     cdef uint32_t first = 0x1000 - <uint32_t>(lin & 0xFFF)
     cdef uint64_t second = lin + first
     info1 = info2 = 0
+    if (lin ^ (lin + width - 1)) >> (56 if v.cr4 & 0x1000 else 47) & 1 and v.efer & 0x400 and lin + width > lin \
+            and width != 10:
+        _fault(v, 13, 1)                         # the second page's address is not canonical
+        r[0] = R_FAULT
+        return 0
     r[0] = mmu_page(v, lin, access, bank, &hva1, &info1)
     if r[0] != R_OK:
         return 0
@@ -95,31 +99,7 @@ cdef uint64_t _two_pages(Vcpu* v, uint64_t lin, uint32_t width, int access, int 
     return buffer
 
 
-cdef void _stack_fault(Vcpu* v, int access) noexcept nogil:
-    """An access of the instruction at RIP is not canonical, for which the MMU says #GP: through SS, it is #SS."""
-    cdef uint8_t code[16]
-    cdef Insn i
-    cdef uint64_t page, info
-    cdef uint32_t first = 0x1000 - <uint32_t>(v.rip & 0xFFF)
-    cdef int stack = 0
-    if first > 15:
-        first = 15
-    i.length = 0
-    if mmu_fetch(v, v.rip, v.bank, &page, &info) == R_OK:
-        bt_copy(code, <void*>(page + (v.rip & 0xFFF)), first)
-        if decode(code, first, 64, &i) == 0 and mmu_fetch(v, v.rip + first, v.bank, &page, &info) == R_OK:
-            bt_copy(code + first, <void*>page, 15 - first)
-            decode(code, 15, 64, &i)
-    if i.length:
-        if (i.cls == C_STACK or i.cls == C_BRANCH) and not (
-                i.attr & A_MEM and access == (ACCESS_WRITE if i.opcode == 0x8F else ACCESS_READ)):
-            stack = 1                            # not the operand of PUSH, POP, CALL or JMP, but the stack itself
-        elif i.attr & A_MEM:
-            stack = i.seg == SEG_SS
-    _fault(v, 12 if stack else 13, 1)
-
-
-cdef uint64_t _leave_access(Vcpu* v, int r, int group, int access) noexcept nogil:
+cdef uint64_t _leave_access(Vcpu* v, int r, int group, uint64_t lin, uint32_t width, int access) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef Block* b
     cdef uint64_t page, info
@@ -138,8 +118,7 @@ cdef uint64_t _leave_access(Vcpu* v, int r, int group, int access) noexcept nogi
         v.leave_reason = LEAVE_SLOW
     else:
         v.leave_reason = LEAVE_FAULT
-        if v.fault_vector == 13 and v.mode_key & (2 << MODE_SIZE_SHIFT):
-            _stack_fault(v, access)
+        access_fault(v, lin, width, access)
     return 0
 
 
@@ -158,7 +137,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         v.leave_reason = LEAVE_SINGLE if group else LEAVE_FAULT
         return 0
     if data_watched(v, lin, width, access):
-        return _leave_access(v, R_SLOW, group, access)
+        return _leave_access(v, R_SLOW, group, lin, width, access)
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
         if hva and (not sub or access == ACCESS_READ and hva != bounce_of(v, lin)
@@ -166,7 +145,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             return hva - sub
         if hva:
             r = R_SLOW
-        return _leave_access(v, r, group, access)
+        return _leave_access(v, r, group, lin, width, access)
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
         return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF) - sub
@@ -176,7 +155,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
             if not code_overlaps(v, hva, width):
                 return hva
             r = R_SLOW
-    return _leave_access(v, r, group, access)
+    return _leave_access(v, r, group, lin, width, access)
 
 
 cdef uint64_t _h_masked(Vcpu* v, uint64_t lin, MaskMeta* m) noexcept nogil:
@@ -186,7 +165,7 @@ cdef uint64_t _h_masked(Vcpu* v, uint64_t lin, MaskMeta* m) noexcept nogil:
     v.rip = m.miss.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.miss.resume
     hva = masked_address(v, lin, m, &r)
-    return hva if hva else _leave_access(v, r, 0, m.miss.access)
+    return hva if hva else _leave_access(v, r, 0, lin, m.miss.width, m.miss.access)
 
 
 cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
@@ -208,7 +187,7 @@ cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         if r == R_OK and info & MMU_CODE and m.access == ACCESS_WRITE:
             code_written(v, hva, m.width)
     if r != R_OK:
-        return _leave_access(v, r, 0, m.access)
+        return _leave_access(v, r, 0, lin, m.width, m.access)
     note_data(v, lin, m.width, m.access)
     return hva
 

@@ -77,6 +77,13 @@ cdef uint64_t _address(Vcpu* v, uint64_t lin, MaskMeta* m, uint64_t wanted, int*
     if not m.slow and data_watched(v, lin + low, high - low, access):
         r[0] = R_SLOW
         return 0
+    if ((lin + low) ^ (lin + high - 1)) >> (56 if v.cr4 & 0x1000 else 47) & 1 and lin + high > lin + low \
+            and v.efer & 0x400:
+        v.fault_vector = 13                      # the second page's address is not canonical
+        v.fault_has_error = 1
+        v.fault_error = 0
+        r[0] = R_FAULT
+        return 0
     info1 = info2 = 0
     r[0] = mmu_page(v, lin + low, access, bank, &hva1, &info1)
     if r[0] != R_OK:
@@ -92,9 +99,11 @@ cdef uint64_t _address(Vcpu* v, uint64_t lin, MaskMeta* m, uint64_t wanted, int*
         for k in range(low, high):
             (<uint8_t*>buffer)[k] = (<uint8_t*>hva1)[k - low]
         return buffer
-    r[0] = mmu_page(v, lin + first, access, bank, &hva2, &info2)
+    k = first + bt_first_bit(wanted >> first)
+    r[0] = mmu_page(v, lin + k, access, bank, &hva2, &info2)
     if r[0] != R_OK:
         return 0
+    hva2 -= k - first
     if access == ACCESS_WRITE:
         if info1 & MMU_CODE:
             r[0] = _store_reaches_code(v, hva1, first - low, m.slow)

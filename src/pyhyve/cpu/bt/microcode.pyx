@@ -14,6 +14,7 @@ from pyhyve.cpu.bt.microcode_calls cimport syscall, sysenter, sysexit, sysret
 from pyhyve.cpu.bt.microcode_events cimport *
 from pyhyve.cpu.bt.microcode_far cimport far_return, far_transfer
 from pyhyve.cpu.bt.microcode_gather cimport gather, gather_evex, scatter
+from pyhyve.cpu.bt.kinds cimport bt_amd
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_segments cimport (
     arpl, group6, lar_lsl, load_far_pointer, load_segment, mov_sreg
@@ -64,8 +65,8 @@ cdef bint condition(Vcpu* v, int cc) noexcept nogil:
 
 
 cdef inline uint32_t branch_size(Vcpu* v, Insn* i) noexcept nogil:
-    """Near branches are 64-bit in 64-bit mode, whatever the prefixes."""
-    return 8 if is64(v) else operand_size(v, i)
+    """Near branches are 64-bit in 64-bit mode, or 16-bit with 66 (as AMD has it, and the decoder)."""
+    return stack_size(v, i)
 
 
 cdef int near(Vcpu* v, Insn* i, uint64_t target) noexcept nogil:
@@ -118,14 +119,17 @@ cdef int loop(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t mask = size_mask(i.addrsize)
     cdef uint64_t count = v.gpr[RCX] & mask
     cdef bint taken
+    cdef int op = i.opcode
     cdef int r = R_OK
-    if i.opcode == 0xE3:
+    if op == 0xE3:
         return jump(v, i, next_rip(v, i) + <uint64_t>i.imm) if count == 0 else advance(v, i)
     count = (count - 1) & mask
     taken = count != 0
-    if i.opcode == 0xE0:
+    if op != 0xE2 and i.prefixes & (P_F2 | P_F3) and bt_amd():
+        op = 0xE0 if i.prefixes & P_F2 else 0xE1  # AMD's processors take the condition from these prefixes
+    if op == 0xE0:
         taken = taken and not v.flags_lo & F_ZF
-    elif i.opcode == 0xE1:
+    elif op == 0xE1:
         taken = taken and v.flags_lo & F_ZF
     if taken:
         r = jump(v, i, next_rip(v, i) + <uint64_t>i.imm)
@@ -152,6 +156,8 @@ cdef int indirect(Vcpu* v, Insn* i) noexcept nogil:
     if i.mod == 3:
         return undefined(v)
     size = operand_size(v, i)
+    if size == 8 and bt_amd():
+        size = 4                                  # no m16:64 there
     r = read_parts(v, i, size + 2, size, words)
     if r != R_OK:
         return r

@@ -61,9 +61,24 @@ cdef int gather(Vcpu* v, Insn* i) noexcept nogil:
         done = n * size
         bt_fill(dest + done, 0, 32 - done)
         bt_fill(mask, 0, 32)
-    bt_set_ymm(i.reg & 15, <uint64_t>dest)
-    bt_set_ymm(i.vvvv & 15, <uint64_t>mask)
+    if r == R_OK or not v.vector_state & 0xE0:
+        bt_set_ymm(i.reg & 15, <uint64_t>dest)
+        bt_set_ymm(i.vvvv & 15, <uint64_t>mask)
+    else:
+        # only a gather that is done clears what is above
+        _set_low(i.reg & 15, dest)
+        _set_low(i.vvvv & 15, mask)
     return r if r != R_OK else advance(v, i)
+
+
+cdef void _set_low(int reg, uint8_t* low) noexcept nogil:
+    """Set bits 0 to 255 of a ZMM register."""
+    cdef uint8_t whole[64]
+    cdef int k
+    bt_get_zmm(reg, <uint64_t>whole)
+    for k in range(32):
+        whole[k] = low[k]
+    bt_set_zmm(reg, <uint64_t>whole)
 
 
 cdef inline uint32_t elements(Insn* i) noexcept nogil:

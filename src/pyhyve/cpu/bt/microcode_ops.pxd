@@ -190,6 +190,8 @@ cdef inline int linear(Vcpu* v, int seg, uint64_t offset, uint32_t size, int acc
         lin[0] = offset + (v.seg[seg].base if seg >= SEG_FS else 0)
         if seg == SEG_SS and not (canonical(v, offset) and canonical(v, offset + size - 1)):
             return fault_code(v, SS, 0)
+        if not (canonical(v, lin[0]) and canonical(v, lin[0] + size - 1)):
+            return gp0(v)
         return R_OK
     return linear_checked(v, &v.seg[seg], offset, size, access, lin, SS if seg == SEG_SS else GP)
 

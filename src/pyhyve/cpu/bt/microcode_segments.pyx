@@ -7,6 +7,7 @@ Sources: Intel SDM vol 3, "Segment Descriptors" and "Privilege Levels"; vol 2 fo
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.decode cimport *
+from pyhyve.cpu.bt.kinds cimport bt_amd
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.mmu cimport mmu_probe_write, mmu_read, mmu_write, read_u64
 from pyhyve.cpu.bt.state cimport *
@@ -251,6 +252,8 @@ cdef int load_far_pointer(Vcpu* v, Insn* i) noexcept nogil:
     words[0] = words[1] = 0
     if i.mod == 3:
         return undefined(v)
+    if size == 8 and bt_amd():
+        size = 4                                  # no m16:64 there
     if i.map == 0:
         seg = SEG_ES if i.opcode == 0xC4 else SEG_DS
     else:

@@ -143,12 +143,14 @@ cdef inline void step(Vcpu* v, int reg, uint64_t by, uint64_t mask) noexcept nog
         v.gpr[reg] = (v.gpr[reg] + by) & mask
 
 
-cdef int in_out_string(Vcpu* v, Insn* i, uint32_t size) noexcept nogil:
-    """INS, OUTS: the monitor emulates them, up to the end of the page. The permissions, that of the ports and that of
-    the page, are ours."""
+cdef int in_out_string(Vcpu* v, Insn* i, uint32_t size, uint64_t count) noexcept nogil:
+    """INS, OUTS: the monitor emulates them, up to the end of the page. The permissions, that of the ports (which is
+    asked for before the count) and that of the page, are ours."""
     cdef uint64_t mask = size_mask(i.addrsize)
     cdef uint64_t lin = 0
     cdef int r = io_allowed(v, <uint32_t>v.gpr[RDX] & 0xFFFF, size)
+    if r == R_OK and count == 0:
+        return advance(v, i)
     if r == R_OK:
         if i.opcode < 0x6E:
             r = linear(v, SEG_ES, v.gpr[RDI] & mask, size, ACCESS_WRITE, &lin)
@@ -189,10 +191,10 @@ cdef int string_operation(Vcpu* v, Insn* i) noexcept nogil:
     cdef bint stop = False
     cdef int r
     src = dst = from_ = to = info = 0
+    if op == 0x6C or op == 0x6E:
+        return in_out_string(v, i, size if size < 8 else 4, count)
     if count == 0:
         return advance(v, i)
-    if op == 0x6C or op == 0x6E:
-        return in_out_string(v, i, size if size < 8 else 4)
     v.n.rep_ops += rep
     while True:
         n = count

@@ -146,12 +146,12 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
     cdef int r
     if v.cr0 & (CR0_EM | CR0_TS):
         return fault(v, NM)
+    if load and x87_pending():
+        return fault(v, MF)
     r = operand(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 1, 2 if small else 4, &lin)
     if r != R_OK:
         return r
     if load:
-        if x87_pending():
-            return fault(v, MF)
         r = mmu_read(v, lin, <void*>at, size, v.bank)
         if r != R_OK:
             return r
@@ -207,6 +207,11 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
         r = aligned(v, lin, 8)
     if r != R_OK:
         return r
+    if v.amd:
+        # whatever the mask is (the SDM leaves it open)
+        r = mmu_probe_write(v, lin, n, v.bank)
+        if r != R_OK:
+            return r
     for k in range(n):
         if mask[k] & 0x80:
             r = mmu_probe_write(v, lin + k, 1, v.bank)

@@ -793,6 +793,10 @@ cdef class BtVcpu:
         """Instructions run in microcode, by map << 8 | opcode (map 1: 0F, 2: 0F 38, 3: 0F 3A)."""
         return {n: self.c.micro_ops[n] for n in range(1024) if self.c.micro_ops[n]}
 
+    def internals(self):
+        """Addresses of the vCPU's state, of its XSAVE area, and of the function that runs it: for the fuzzer."""
+        return <uint64_t>self.v, <uint64_t>self.area, <uint64_t>&bt_guest
+
     def message(self):
         cdef uint64_t q = self.v.exit.qualification
         if 0x100 <= q < 0x200:

@@ -32,8 +32,8 @@ instructions), exits (the cold part), thunks (what the cold part calls).
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_REAL, MODE_SINGLE, MODE_SIZE,
-    MODE_SIZE_SHIFT, MODE_SLOW,
+    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT,
+    MODE_SLOW,
     Block, Cache,
     block_new, cache_room, ibt_hash,
 )
@@ -44,7 +44,9 @@ from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport emit_stubs, go, micro_end, micro_inline, new_stub
 from pyhyve.cpu.bt.flow cimport emit_branch, emit_stack
-from pyhyve.cpu.bt.kinds cimport ends_block, is_jcc, is_opmask, is_vector
+from pyhyve.cpu.bt.kinds cimport (
+    bt_cmpccxadd, ends_block, is_cmpccxadd, is_jcc, is_odd_nop, is_opmask, is_vector,
+)
 from pyhyve.cpu.bt.liveness cimport find_liveness
 from pyhyve.cpu.bt.segments cimport segments_begin
 from pyhyve.cpu.bt.sharing cimport find_accesses
@@ -59,8 +61,6 @@ cdef enum:
 cdef bint undefined_here(Vcpu* v, Insn* i, uint64_t mode) noexcept nogil:
     """An instruction that CPUID does not report, or whose registers the guest has not enabled."""
     cdef int feature = i.feature & (V_LENGTH - 1)
-    if mode & MODE_REAL and i.enc != ENC_LEGACY:
-        return True
     if not v.features >> feature & 1:
         if feature != FT_LZCNT and (feature != FT_BMI1 or i.enc != ENC_LEGACY):
             return True
@@ -69,6 +69,8 @@ cdef bint undefined_here(Vcpu* v, Insn* i, uint64_t mode) noexcept nogil:
         return True
     if i.enc == ENC_EVEX or is_opmask(i):
         return not mode & MODE_AVX512
+    if is_cmpccxadd(i) and not bt_cmpccxadd():
+        return True                              # with three registers, a #UD in generated code would come in the middle
     return i.enc == ENC_VEX and not mode & MODE_AVX and is_vector(i)
 
 
@@ -158,7 +160,7 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
         if n <= 0 or rip + n - 1 > t.limit:
             t.insns[0].cls = C_LIMIT
             n = n if n > 0 else 15
-        elif undefined_here(v, &t.insns[0], mode):
+        elif undefined_here(v, &t.insns[0], mode) or is_odd_nop(&t.insns[0]):
             t.insns[0].cls = C_INVALID
         t.rips[0] = rip
         t.n = 1
@@ -183,7 +185,8 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
                 if t.n:
                     break
                 i.cls = C_LIMIT
-            elif i.cls != C_LIMIT and (i.feature or i.enc) and undefined_here(v, i, mode):
+            elif i.cls != C_LIMIT and (i.feature or i.enc) and undefined_here(v, i, mode) or (
+                    i.cls == C_NOP and is_odd_nop(i)):
                 i.cls = C_INVALID
             t.rips[t.n] = pc
             t.n += 1
