@@ -18,7 +18,7 @@ INSTALL_STAMP := $(VENV)/.stamp-install
 NATIVE := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format build bench soak dist clean distclean
+.PHONY: help run test lint format build fuzz-cpu fuzz-decode bench soak dist clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,12 @@ build: $(INSTALL_STAMP) ## build the processor and install the package into .ven
 
 bench: $(INSTALL_STAMP) ## measure, beside QEMU where it is installed; writes bench/out/latest.json
 	@$(BIN)/python bench/run.py $(BENCH)
+
+fuzz-cpu: $(INSTALL_STAMP) ## compare random instructions with the host's processor, for MINUTES (5)
+	@$(BIN)/python tests/fuzz --minutes $(if $(filter command line environment,$(origin MINUTES)),$(MINUTES),5) $(FUZZ)
+
+fuzz-decode: $(INSTALL_STAMP) $(TEST_STAMP) ## compare the decoder with iced-x86, on BYTES (10 million) random instructions
+	@$(BIN)/python tests/fuzz/decode.py $(if $(BYTES),--count $(BYTES)) $(FUZZ)
 
 soak: $(INSTALL_STAMP) ## run a guest that checks itself, for MINUTES (60)
 	@$(BIN)/python bench/soak.py --minutes $(MINUTES) $(SOAK)

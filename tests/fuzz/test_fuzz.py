@@ -1,0 +1,80 @@
+"""The fuzzer's own test: what it once found, a short run of it, and its tables."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from iced_x86 import Code, Instruction, Mnemonic
+
+sys.path.insert(0, str(Path(__file__).parent))
+undefined: Any = pytest.importorskip("undefined")
+engine = pytest.importorskip("pyhyve.cpu.bt.engine")
+
+HERE = Path(__file__).parent
+CASES = [case for path in sorted((HERE / "regressions").glob("*.json")) for case in json.loads(path.read_text())]
+RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import judge
+from guest import Machine
+machine = Machine()
+for case in json.load(sys.stdin):
+    unpacked = judge.Case.unpack(case)
+    result = judge.run(machine, unpacked)
+    wrong = result.what and judge.excused(unpacked, result) is None
+    print(json.dumps(judge.describe(unpacked, result) if wrong else ""))
+"""
+"""In a process of its own: random code runs natively in it, and it takes the processor's exceptions."""
+
+
+@pytest.fixture(scope="module")
+def replayed() -> list[str]:
+    missing = engine.Engine().unavailable()
+    if missing:
+        pytest.skip(missing)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(HERE)], input=json.dumps(CASES), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case["note"])[:60] for case in CASES])
+def test_what_was_found_once_is_as_on_the_host(replayed: list[str], number: int) -> None:
+    assert not replayed[number], replayed[number]
+
+
+def test_random_instructions_do_as_on_the_host(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = engine.Engine().unavailable()
+    if missing:
+        pytest.skip(missing)
+    start = int(time.time()) % 100_000
+    done = subprocess.run(
+        [sys.executable, str(HERE), "--minutes", "0.1", "--seed", str(start), "--workers", "1", "--json",
+         "--cases", str(tmp_path / "cases.json")], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, f"unit {start}: {done.stderr[-4000:]}"
+    summary: dict[str, Any] = json.loads(done.stdout)
+    assert summary["instructions"] > 10_000
+    assert summary["differences"] == 0
+
+
+def test_the_undefined_flags_are_those_that_iced_x86_names() -> None:
+    names = {value: name for name, value in vars(Mnemonic).items() if name.isupper() and isinstance(value, int)}
+    bits = undefined._BITS
+    for name, code in vars(Code).items():
+        if not name.isupper() or not isinstance(code, int):
+            continue
+        insn = Instruction()
+        insn.code = code  # type: ignore[assignment]
+        if names[insn.mnemonic] in ("IMUL", "SHLD", "SHRD", "SHL", "SAL", "SHR", "SAR") or insn.is_invalid:
+            continue  # those depend on operands
+        theirs = sum(flag for bit, flag in bits.items() if insn.rflags_undefined & bit)
+        mine, section = undefined.UNDEFINED.get(names[insn.mnemonic], (0, ""))
+        assert theirs & ~mine == 0, f"{name}: {theirs:#x}, {mine:#x} by {section!r}"
