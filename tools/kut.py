@@ -177,7 +177,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="keep what the tests print there")
     parser.add_argument("--only", choices=("tcg", "pyhyve"))
     parser.add_argument("--timeout", type=float, help="seconds for each run, instead of each test's own")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     tests = read_tests(arguments.directory)
     unknown = set(arguments.names) - {test.name for test in tests}
     if unknown:
