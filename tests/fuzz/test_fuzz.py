@@ -73,8 +73,11 @@ def test_the_undefined_flags_are_those_that_iced_x86_names() -> None:
             continue
         insn = Instruction()
         insn.code = code  # type: ignore[assignment]
-        if names[insn.mnemonic] in ("IMUL", "SHLD", "SHRD", "SHL", "SAL", "SHR", "SAR") or insn.is_invalid:
-            continue  # those depend on operands
+        foreign = name.startswith(("XOP_", "VEX_KNC_"))  # no processor of ours has them
+        if names[insn.mnemonic] in ("SHLD", "SHRD", "SHL", "SAL", "SHR", "SAR") or foreign:
+            continue  # shifts depend on their counts
+        if name.startswith("MOV_") and ("_CR" in name or "_DR" in name):
+            continue  # only ring 0 may
         theirs = sum(flag for bit, flag in bits.items() if insn.rflags_undefined & bit)
         mine, section = undefined.UNDEFINED.get(names[insn.mnemonic], (0, ""))
         assert theirs & ~mine == 0, f"{name}: {theirs:#x}, {mine:#x} by {section!r}"
