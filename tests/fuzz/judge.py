@@ -72,6 +72,7 @@ _STATES: Final = (Mnemonic.FNSAVE, Mnemonic.FRSTOR, Mnemonic.FNSTENV, Mnemonic.F
                   Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64,
                   Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU, Mnemonic.LSS, Mnemonic.LFS,
                   Mnemonic.LGS)  # fmt: skip
+_FROM_UNSIGNED: Final = (Mnemonic.VCVTUSI2SD, Mnemonic.VCVTUSI2SS)
 _COMPARES: Final = (Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ)
 _INDIRECT: Final = (FlowControl.INDIRECT_BRANCH, FlowControl.INDIRECT_CALL, FlowControl.RETURN)
 _EXTENDED: Final = (MemorySize.FLOAT80, MemorySize.BCD)
@@ -122,6 +123,8 @@ def excused(case: Case, result: Result) -> str | None:
         return "branches to addresses that are not canonical fault behind the branch"
     rips = {result.native["rip"], rip}
     at = [insn for insn in (instruction_at(case, rip) for rip in sorted(rips)) if insn is not None]
+    if any(insn.mnemonic in _FROM_UNSIGNED and insn.op2_register == Register.RSP for insn in instructions(case)):
+        return "VCVTUSI2SD of RSP behind a PUSH (AMD's Zen 4 takes RSP as it was before it)"
     boundary = {result.native["cr2"] >> 12, result.guest["cr2"] >> 12} & {0x7FFFFFFFF}
     for insn in at:
         parts = insn.has_op_mask or "MASKMOV" in str(insn).upper() or insn.memory_size in _EXTENDED
