@@ -83,7 +83,7 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
     if width == 0:
         width = 1
     if t.slow:
-        call_rx(e, t.c.slow)
+        thunk_rx(e, t.c.slow)
         m = <MissMeta*>e.p
         m.rip = t.rips[i]
         m.resume = <int32_t>sizeof(MissMeta)
@@ -151,7 +151,7 @@ cdef void commit_store(T* t, int i) noexcept nogil:
     cdef MissMeta* m
     if not t.slow:
         return
-    call_rx(&t.e, t.c.commit)
+    thunk_rx(&t.e, t.c.commit)
     m = <MissMeta*>t.e.p
     m.rip = t.rips[i]
     m.resume = <int32_t>sizeof(MissMeta)

@@ -12,7 +12,7 @@ jump into them comes from a block that is dropped as well.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.shared cimport Inbox, Shared
-from pyhyve.cpu.bt.state cimport Vcpu
+from pyhyve.cpu.bt.state cimport BANKS, Vcpu
 
 cdef enum:
     MODE_CPL = 3            # bits 0-1
@@ -92,6 +92,8 @@ cdef struct Cache:
     uint8_t* micro
     uint8_t* micro_end
     uint8_t* link
+    uint8_t* ret_empty[BANKS]
+    uint8_t* ret_wrong[BANKS]
     uint8_t* masked
     uint8_t* slow
     uint8_t* commit

@@ -80,6 +80,7 @@ cdef void _drop_page(Vcpu* v, Cache* c, CodePage* p) noexcept nogil:
     p.first = NULL
     p.chunks = 0
     v.drop_gen += 1
+    v.ret_sp = v.ret_base
     shared_leave(c.shared, p.hva, c.me)
 
 
@@ -178,6 +179,7 @@ cdef void ibt_flush(Vcpu* v, int keep_global) noexcept nogil:
     cdef uint64_t kept = 0
     if c == NULL:
         return
+    v.ret_sp = v.ret_base
     if not keep_global or v.ibt_low:
         _ibt_flush_all(v)
         return
@@ -201,6 +203,7 @@ cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
     cdef uint64_t n = (lin >> 12) & 0xFFFF
     if v.cache != NULL and v.ibt_pages[n >> 6] >> (n & 63) & 1:
         _ibt_flush_all(v)
+    v.ret_sp = v.ret_base
 
 
 cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil:

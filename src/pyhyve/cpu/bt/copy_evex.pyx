@@ -25,7 +25,7 @@ cdef void masked_operand(T* t, int n, int live) noexcept nogil:
         host_address(t, n, access, i.mem_width, live)
         t.stubs[t.n_stubs - 1].masked = masked
         return
-    call_rx(&t.e, t.c.masked)
+    thunk_rx(&t.e, t.c.masked)
     m = <MissMeta*>t.e.p
     m.rip = t.rips[n]
     m.resume = <int32_t>sizeof(MaskMeta)

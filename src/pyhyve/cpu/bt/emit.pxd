@@ -189,8 +189,11 @@ cdef inline void jmp_rx(Emit* e, uint8_t* target) noexcept nogil:
     e1(e, 0xE9)
     e32(e, <uint32_t><int32_t>(target - (e.p + e.delta + 4)))
 
-cdef inline void call_rx(Emit* e, uint8_t* target) noexcept nogil:
-    e1(e, 0xE8)
+cdef inline void thunk_rx(Emit* e, uint8_t* target) noexcept nogil:
+    """To a thunk, r11 = the address behind this (a CALL would not be balanced for the host's return predictor)."""
+    e3(e, 0x4C, 0x8D, 0x1D)                      # lea r11, [rip + 5]
+    e32(e, 5)
+    e1(e, 0xE9)
     e32(e, <uint32_t><int32_t>(target - (e.p + e.delta + 4)))
 
 cdef inline void jmp_gs(Emit* e, int32_t off) noexcept nogil:

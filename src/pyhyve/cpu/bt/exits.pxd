@@ -37,6 +37,11 @@ cdef inline void flags_restore(T* t) noexcept nogil:
 
 # Jump to the guest address in r10.
 cdef void go_ibt_r10(T* t) noexcept nogil
+# CALL: jump there by the host's CALL, so that the host's RET comes back to a pad that goes on at `next_rip`.
+cdef void call_go(T* t, uint64_t target, int poll, uint64_t next_rip) noexcept nogil
+cdef void call_r10(T* t, uint64_t next_rip) noexcept nogil
+# RET: jump to the guest address in r10, by the host's RET.
+cdef void ret_r10(T* t) noexcept nogil
 # Jump to a guest address known now, always or by a condition; `poll`: by way of the target's polling entry.
 cdef void go(T* t, uint64_t target, int poll) noexcept nogil
 cdef void jcc_go(T* t, int cc, uint64_t target, int poll) noexcept nogil

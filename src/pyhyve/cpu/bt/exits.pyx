@@ -7,7 +7,8 @@ from pyhyve.cpu.bt.codecache cimport ibt_hash
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.state cimport IBT_ENTRIES, Vcpu
-from pyhyve.cpu.bt.thunks cimport LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
+from pyhyve.cpu.bt.liveness cimport live_at
+from pyhyve.cpu.bt.thunks cimport ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
 
 cdef inline bint _linkable(T* t, uint64_t target) noexcept nogil:
@@ -30,16 +31,7 @@ cdef void go_ibt_r10(T* t) noexcept nogil:
         mov_imm(&t.e, H_T1, LEAVE_BRANCH)
         jmp_rx(&t.e, t.c.leave)
         return
-    mov_imm(&t.e, H_T1, 0)
-    # crc32 r11, r10: a hash that leaves flags alone
-    e2(&t.e, 0xF2, 0x4D)
-    e3(&t.e, 0x0F, 0x38, 0xF1)
-    e1(&t.e, 0xDA)
-    pext_gs(&t.e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
-    # jmp gs:[r11 * 8 + table]
-    e3(&t.e, 0x65, 0x42, 0xFF)
-    e2(&t.e, 0x24, 0xDD)
-    e32(&t.e, <uint32_t>(o_ibt() + t.bank * IBT_ENTRIES * 8))
+    ibt_r10(&t.e, t.bank)
 
 
 cdef void go(T* t, uint64_t target, int poll) noexcept nogil:
@@ -51,6 +43,68 @@ cdef void go(T* t, uint64_t target, int poll) noexcept nogil:
         s.poll = poll
     else:
         _go_ibt(t, target)
+
+
+cdef void _pad(T* t, uint64_t next_rip) noexcept nogil:
+    """Behind a CALL, where the host's RET comes back to: on to the block at `next_rip`, if r10 says that."""
+    cdef Emit* e = &t.e
+    cdef int32_t off = <int32_t>(t.c.ret_wrong[t.bank] - t.c.rx)
+    if not live_at(t, next_rip):
+        if fits32(next_rip):
+            e3(e, 0x49, 0x81, 0xFA)              # cmp r10, imm32
+            e32(e, <uint32_t>next_rip)
+        else:
+            mov_imm(e, H_T1, next_rip)
+            e3(e, 0x4D, 0x39, 0xDA)              # cmp r10, r11
+        rel32_to(jcc_fwd(e, CC_NE), t.c.rw + off)
+    else:
+        mov_rr(e, H_T1, H_RCX)
+        if fits32(0 - next_rip):
+            lea_rd(e, H_RCX, H_T0, <int32_t>(0 - next_rip), 1)
+        else:
+            mov_imm(e, H_RCX, 0 - next_rip)
+            lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
+        e2(e, 0xE3, 8)                           # jrcxz over the next two
+        mov_rr(e, H_RCX, H_T1)
+        jmp_rx(e, t.c.ret_wrong[t.bank])
+        mov_rr(e, H_RCX, H_T1)
+    go(t, next_rip, 1)
+
+
+cdef void call_go(T* t, uint64_t target, int poll, uint64_t next_rip) noexcept nogil:
+    cdef Stub* s
+    if t.slow:
+        _go_ibt(t, target)
+        return
+    if _linkable(t, target):
+        e1(&t.e, 0xE8)
+        e32(&t.e, 0)
+        s = new_stub(t, K_LINK, t.e.p - 4)
+        s.rip = target
+        s.poll = poll
+    else:
+        mov_imm(&t.e, H_T0, target)
+        e1(&t.e, 0x65)                           # call gs:[slot]
+        e3(&t.e, 0xFF, 0x14, 0x25)
+        e32(&t.e, <uint32_t>(o_ibt() + <int32_t>(t.bank * IBT_ENTRIES + ibt_hash(target)) * 8))
+    _pad(t, next_rip)
+
+
+cdef void call_r10(T* t, uint64_t next_rip) noexcept nogil:
+    if t.slow:
+        go_ibt_r10(t)
+        return
+    ibt_r10(&t.e, t.bank)
+    # the CALL of that JMP: /2 in place of /4
+    t.e.p[-6] = 0x14
+    _pad(t, next_rip)
+
+
+cdef void ret_r10(T* t) noexcept nogil:
+    if t.slow:
+        go_ibt_r10(t)
+    else:
+        e1(&t.e, 0xC3)
 
 
 cdef void jcc_go(T* t, int cc, uint64_t target, int poll) noexcept nogil:
@@ -81,7 +135,7 @@ cdef void _put_micro_meta(T* t, int i, uint8_t* resume) noexcept nogil:
 
 cdef void micro_inline(T* t, int i) noexcept nogil:
     """Instruction i runs in microcode; the block goes on behind it."""
-    call_rx(&t.e, t.c.micro)
+    thunk_rx(&t.e, t.c.micro)
     _put_micro_meta(t, i, NULL)
 
 
@@ -106,7 +160,7 @@ cdef void emit_stubs(T* t) noexcept nogil:
                 e32(&t.e, <uint32_t>s.off)
                 lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
                 ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
-            call_rx(&t.e, t.c.masked if s.masked else t.c.miss)
+            thunk_rx(&t.e, t.c.masked if s.masked else t.c.miss)
             m = <MissMeta*>t.e.p
             m.rip = s.rip
             m.resume = <int32_t>(s.resume - t.e.p)
@@ -118,7 +172,7 @@ cdef void emit_stubs(T* t) noexcept nogil:
                 put_mask(&t.e, s.masked, 0)
         elif s.kind == K_LINK:
             mov_imm(&t.e, H_T0, s.rip)
-            call_rx(&t.e, t.c.link)
+            thunk_rx(&t.e, t.c.link)
             l = <LinkMeta*>t.e.p
             l.site = <int32_t>(s.site - t.e.p)
             l.poll = <uint8_t>s.poll
@@ -132,9 +186,9 @@ cdef void emit_stubs(T* t) noexcept nogil:
         elif s.kind == K_MICRO:
             if s.poll:
                 flags_restore(t)
-            call_rx(&t.e, t.c.micro)
+            thunk_rx(&t.e, t.c.micro)
             _put_micro_meta(t, s.index, s.resume)
         elif s.kind == K_MICRO_END:
             mov_imm(&t.e, H_T0, t.rips[s.index])
-            call_rx(&t.e, t.c.micro_end)
+            thunk_rx(&t.e, t.c.micro_end)
             _put_micro_meta(t, s.index, NULL)

@@ -7,7 +7,7 @@ from pyhyve.cpu.bt.access cimport commit_store
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.exits cimport go, go_ibt_r10, jcc_go
+from pyhyve.cpu.bt.exits cimport call_go, call_r10, go, go_ibt_r10, jcc_go, ret_r10
 from pyhyve.cpu.bt.flow32 cimport emit_branch32, emit_stack32
 from pyhyve.cpu.bt.kinds cimport is_jcc, is_pop_reg, is_push_reg
 from pyhyve.cpu.bt.sharing cimport operand, stack_operand
@@ -65,7 +65,7 @@ cdef int _pops(T* t, int n) noexcept nogil:
         op_mem(e, 0x8B, H_T0, H_T0, 8 * count, 1)
     lea_rd(e, H_GSP, H_GSP, 8 * (count + ret), 1)
     if ret:
-        go_ibt_r10(t)
+        ret_r10(t)
     return count + ret
 
 
@@ -183,13 +183,13 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         commit_store(t, n)
         lea_rd(e, H_GSP, H_GSP, -8, 1)
         target = branch_target(t, n)
-        go(t, target, target <= t.rips[n] or sti)
+        call_go(t, target, target <= t.rips[n] or sti, next_rip)
         return True
     if op == 0xC3 or op == 0xC2:
         stack_operand(t, n, RSP, 0, ACCESS_READ, 8, t.live[n])
         op_mem(e, 0x8B, H_T0, H_T0, 0, 1)
         lea_rd(e, H_GSP, H_GSP, 8 + (<int32_t>(i.imm & 0xFFFF) if op == 0xC2 else 0), 1)
-        go_ibt_r10(t)
+        ret_r10(t)
         return True
     if op == 0xFF:
         if (i.reg & 7) == 4:
@@ -204,6 +204,6 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
             commit_store(t, n)
             lea_rd(e, H_GSP, H_GSP, -8, 1)
             ld_gs(e, H_T0, OFF(&(<Vcpu*>NULL).tmp0))
-            go_ibt_r10(t)
+            call_r10(t, next_rip)
             return True
     return False

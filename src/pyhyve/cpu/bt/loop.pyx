@@ -458,14 +458,16 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             ibt_set(v, b)
             if link != NULL and dropped == v.drop_gen and b.straddle:
                 # never linked directly: let the stub itself go through the table from now on
-                site = <uint8_t*>link - (c.rx - c.rw) - 5
-                (<uint32_t*>site)[0] = 0x2524FF65        # jmp gs:[slot], in place of the call and its LinkMeta
+                site = <uint8_t*>link - (c.rx - c.rw) - 12
+                (<uint32_t*>site)[0] = 0x2524FF65        # jmp gs:[slot], in place of the way to the thunk
                 (<uint32_t*>(site + 4))[0] = <uint32_t><uint64_t>&(<Vcpu*>NULL).ibt[b.ibt_slot]
             elif link != NULL and dropped == v.drop_gen:
                 site = <uint8_t*>link - (c.rx - c.rw) + link.site
                 (<int32_t*>site)[0] = <int32_t>((b.entry_poll if link.poll else b.entry_direct)
                                                 - (<uint8_t*>link + link.site + 4))
         link = NULL
+        v.ret_sp = v.ret_base
+        (<uint64_t*>v.ret_base)[0] = <uint64_t>c.ret_empty[v.bank]
         enter(v, b.entry_direct)
         if slow:
             c.pool_used -= 1

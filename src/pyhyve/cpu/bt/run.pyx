@@ -54,7 +54,10 @@ cdef extern from *:
         return r;
     }
 
-    struct bt_range { unsigned long long lo, hi; void *cache; };
+    /* Code that belongs to `cache`; its return stack: the lowest address, below it a guard; where it begins. */
+    struct bt_range { unsigned long long lo, hi, stack, stack_base; void *cache; };
+    #define BT_GUARD 4096
+    #define BT_STACK 65536
     #define BT_RANGES 256
     static volatile struct bt_range bt_ranges[BT_RANGES];
     static struct sigaction bt_old[65];
@@ -68,6 +71,12 @@ cdef extern from *:
         if (info->si_code > 0) {
             for (i = 0; i < BT_RANGES; i++) {
                 if (bt_ranges[i].cache && rip >= bt_ranges[i].lo && rip < bt_ranges[i].hi) {
+                    unsigned long long at = (unsigned long long)info->si_addr;
+                    if (trap == 14 && at < bt_ranges[i].stack && at >= bt_ranges[i].stack - BT_GUARD) {
+                        /* a CALL has filled the return stack: forget the returns, do it again */
+                        uc->uc_mcontext.gregs[REG_RSP] = (greg_t)bt_ranges[i].stack_base;
+                        return;
+                    }
                     bt_fixup(bt_ranges[i].cache, trap,
                              (uint64_t *)&uc->uc_mcontext.gregs[REG_RIP],
                              (uint64_t *)&uc->uc_mcontext.gregs[REG_R10],
@@ -108,12 +117,41 @@ cdef extern from *:
         return 0;
     }
 
-    static int bt_register(void *cache, unsigned long long lo, unsigned long long hi) {
+    /* Signals that arrive in generated code must not go onto the return stack. */
+    static void bt_signal_stack(void) {
+        static __thread int known;
+        static __thread char stack[65536];
+        stack_t now;
+        if (known)
+            return;
+        known = 1;
+        if (sigaltstack(NULL, &now) == 0 && now.ss_flags & SS_DISABLE) {
+            memset(&now, 0, sizeof now);
+            now.ss_sp = stack;
+            now.ss_size = sizeof stack;
+            sigaltstack(&now, NULL);
+        }
+    }
+
+    static unsigned long long bt_return_stack(void) {
+        char *p = mmap(NULL, BT_GUARD + BT_STACK, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED || mprotect(p + BT_GUARD, BT_STACK, PROT_READ | PROT_WRITE))
+            return 0;
+        return (unsigned long long)(p + BT_GUARD + BT_STACK - 64);
+    }
+
+    static void bt_free_return_stack(unsigned long long base) {
+        munmap((char *)base + 64 - BT_STACK - BT_GUARD, BT_GUARD + BT_STACK);
+    }
+
+    static int bt_register(void *cache, unsigned long long lo, unsigned long long hi, unsigned long long base) {
         int i;
         for (i = 0; i < BT_RANGES; i++) {
             if (!bt_ranges[i].cache) {
                 bt_ranges[i].lo = lo;
                 bt_ranges[i].hi = hi;
+                bt_ranges[i].stack_base = base;
+                bt_ranges[i].stack = base + 64 - BT_STACK;
                 bt_ranges[i].cache = cache;
                 return 0;
             }
@@ -185,7 +223,10 @@ cdef extern from *:
     int bt_guest(void* v, void* area, int (*fn)(void*) noexcept nogil, const uint64_t* state) noexcept nogil
     void (*bt_fixup)(void*, int, uint64_t*, uint64_t*, uint64_t*) noexcept nogil
     int bt_signals() noexcept nogil
-    int bt_register(void* cache, uint64_t lo, uint64_t hi) noexcept nogil
+    void bt_signal_stack() noexcept nogil
+    uint64_t bt_return_stack() noexcept nogil
+    void bt_free_return_stack(uint64_t base) noexcept nogil
+    int bt_register(void* cache, uint64_t lo, uint64_t hi, uint64_t base) noexcept nogil
     void bt_unregister(void* cache) noexcept nogil
     int bt_map(uint64_t size, void** rw, void** rx) noexcept nogil
     void bt_unmap(void* rw, void* rx, uint64_t size) noexcept nogil
@@ -382,6 +423,9 @@ cdef class BtVcpu:
         self.c.page_hash = <CodePage**>bt_pages(PAGE_HASH * sizeof(void*))
         if self.c.pool == NULL or self.c.pages == NULL or self.c.hash == NULL or self.c.page_hash == NULL:
             raise HostError("out of memory for a code cache")
+        self.v.ret_base = bt_return_stack()
+        if self.v.ret_base == 0:
+            raise HostError("out of memory for a return stack")
         self.v.cache = self.c
         self.v.vcpu_id = vcpu_id
         self.v.maxphyaddr = 46
@@ -401,7 +445,7 @@ cdef class BtVcpu:
         shared.s.n_vcpus += 1
         mmu_init(self.v)
         loop_init(self.c)
-        if bt_signals() or bt_register(self.c, <uint64_t>rx, <uint64_t>rx + code_size):
+        if bt_signals() or bt_register(self.c, <uint64_t>rx, <uint64_t>rx + code_size, self.v.ret_base):
             raise HostError("cannot catch the processor's exceptions (more than 256 vCPUs in one process?)")
         self.exit = ExitView.__new__(ExitView)
         self.exit.x = &self.v.exit
@@ -427,6 +471,8 @@ cdef class BtVcpu:
         if self.v != NULL:
             if self.v.cpuid != NULL:
                 free(self.v.cpuid)
+            if self.v.ret_base:
+                bt_free_return_stack(self.v.ret_base)
             bt_free_pages(self.v, sizeof(Vcpu))
 
     def reset(self):
@@ -478,6 +524,7 @@ cdef class BtVcpu:
         cdef int r
         cdef Vcpu* v = self.v
         self.running = True
+        bt_signal_stack()
         with nogil:
             r = bt_guest(v, self.area, <int (*)(void*) noexcept nogil>loop_run, &v.vector_state)
         self.running = False

@@ -213,6 +213,8 @@ cdef struct Vcpu:
     uint64_t tmp1
     uint64_t tmp2
     uint64_t host_rsp
+    uint64_t ret_sp              # generated code's RSP while out of it: the return stack (thunks.pyx)
+    uint64_t ret_base            # its end: there stands where a RET goes that has no CALL
     uint64_t ibt_mask            # PEXT masks
     uint64_t tlb_mask
     uint64_t page_mask           # ~0xfff

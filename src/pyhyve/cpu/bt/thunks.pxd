@@ -6,6 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport Cache
 from pyhyve.cpu.bt.decode cimport Insn
+from pyhyve.cpu.bt.emit cimport Emit
 from pyhyve.cpu.bt.emit cimport Emit, e2
 from pyhyve.cpu.bt.state cimport Vcpu
 
@@ -23,11 +24,11 @@ cdef enum:
     GROUP = 0x80            # in MissMeta.access: several stack accesses checked at once
     SHARED = 0x40           # the check serves later accesses too: the helper returns the addend
 
-ctypedef packed struct LinkMeta:    # behind a call of the link thunk
+ctypedef packed struct LinkMeta:    # at r11 in the link thunk
     int32_t site            # the rel32 to patch: its address less this structure's
     uint8_t poll            # the link closes a loop: go to entry_poll
 
-ctypedef packed struct MissMeta:    # behind a call of the miss, slow or commit thunk
+ctypedef packed struct MissMeta:    # at r11 in the miss, slow or commit thunk
     uint64_t rip
     int32_t resume          # where to go on: its address less this structure's
     uint16_t width
@@ -41,7 +42,7 @@ ctypedef packed struct MaskMeta:    # behind a call of the masked thunk
     uint8_t slow            # in a slow block
     uint8_t pad
 
-ctypedef packed struct MicroMeta:   # behind a call of the micro thunk
+ctypedef packed struct MicroMeta:   # at r11 in the micro thunk
     uint64_t rip
     int32_t resume
     uint32_t pad
@@ -51,6 +52,8 @@ ctypedef packed struct MicroMeta:   # behind a call of the micro thunk
 ctypedef uint64_t (*miss_fn)(Vcpu*, uint64_t, MissMeta*) noexcept nogil
 ctypedef uint64_t (*micro_fn)(Vcpu*, MicroMeta*) noexcept nogil
 
+# Jump to the guest address in r10 through the indirect-branch table of `bank`. Destroys r11.
+cdef void ibt_r10(Emit* e, int bank) noexcept nogil
 # Generate the fixed entry and exit code at the start of the cache.
 cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
                       micro_fn micro) noexcept nogil

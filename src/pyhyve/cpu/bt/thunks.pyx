@@ -1,12 +1,12 @@
 # cython: language_level=3
 """See thunks.pxd. A thunk saves the guest's registers to the vCPU structure, calls or leaves, and loads them again."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport Cache
-from pyhyve.cpu.bt.context cimport OFF, o_gpr, o_rip
+from pyhyve.cpu.bt.context cimport OFF, o_gpr, o_ibt, o_rip
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.state cimport R10, R11, RAX, RSP, Vcpu
+from pyhyve.cpu.bt.state cimport BANKS, IBT_ENTRIES, R10, R11, RAX, RSP, Vcpu
 
 
 cdef void _save_all(Emit* e) noexcept nogil:
@@ -47,13 +47,14 @@ cdef inline void _align(Emit* e, int to) noexcept nogil:
 
 
 cdef uint8_t* _helper_thunk(Cache* c, Emit* e, void* function, int lin, int reload_all) noexcept nogil:
-    """call'ed from a cold part: r10 = linear address, behind the call the meta data. Returns there or leaves."""
+    """From a cold part: r10 = linear address, r11 = the meta data. Goes back there or leaves."""
     cdef uint8_t* at
     cdef uint8_t* to_tail
     _align(e, 16)
     at = e.p + e.delta
-    e2(e, 0x41, 0x5B)                            # pop r11
     _save_all(e)
+    st_gs(e, H_RSP, OFF(&(<Vcpu*>NULL).ret_sp))
+    ld_gs(e, H_RSP, OFF(&(<Vcpu*>NULL).host_rsp))
     mov_imm(e, H_RDI, <uint64_t>c.vcpu)
     if lin:
         mov_rr(e, H_RSI, H_T0)
@@ -65,6 +66,7 @@ cdef uint8_t* _helper_thunk(Cache* c, Emit* e, void* function, int lin, int relo
     e3(e, 0x48, 0x85, 0xC0)                      # test rax, rax
     to_tail = jcc_fwd(e, CC_E)
     rel32_to(to_tail, c.leave_tail - e.delta)
+    ld_gs(e, H_RSP, OFF(&(<Vcpu*>NULL).ret_sp))
     mov_rr(e, H_T0, H_RAX)
     if reload_all:
         _load_all(e)
@@ -79,6 +81,18 @@ cdef uint8_t* _helper_thunk(Cache* c, Emit* e, void* function, int lin, int relo
         ld_gs(e, 9, o_gpr(9))
     jmp_gs(e, OFF(&(<Vcpu*>NULL).tmp2))
     return at
+
+
+cdef void ibt_r10(Emit* e, int bank) noexcept nogil:
+    mov_imm(e, H_T1, 0)
+    e2(e, 0xF2, 0x4D)                            # crc32 r11, r10: a hash that leaves flags alone
+    e3(e, 0x0F, 0x38, 0xF1)
+    e1(e, 0xDA)
+    pext_gs(e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
+    e1(e, 0x65)                                  # jmp gs:[r11 * 8 + table]
+    e2(e, 0x42, 0xFF)
+    e2(e, 0x24, 0xDD)
+    e32(e, <uint32_t>(o_ibt() + bank * IBT_ENTRIES * 8))
 
 
 cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
@@ -97,6 +111,7 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss
     lea_rd(&e, H_RSP, H_RSP, -8, 1)
     st_gs(&e, H_RSP, OFF(&(<Vcpu*>NULL).host_rsp))
     st_gs(&e, H_RSI, OFF(&(<Vcpu*>NULL).tmp2))
+    ld_gs(&e, H_RSP, OFF(&(<Vcpu*>NULL).ret_sp))
     _load_all(&e)
     jmp_gs(&e, OFF(&(<Vcpu*>NULL).tmp2))
     # leave: r10 = guest RIP, r11 = reason
@@ -118,15 +133,21 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss
     c.ibt_miss = e.p + e.delta
     mov_imm(&e, H_T1, LEAVE_BRANCH)
     jmp_rx(&e, c.leave)
+    for i in range(BANKS):
+        # RET found the return stack's end: all forgotten, to where r10 says
+        _align(&e, 16)
+        c.ret_empty[i] = e.p + e.delta
+        ld_gs(&e, H_RSP, OFF(&(<Vcpu*>NULL).ret_base))
+        # RET went to another place than r10 says
+        c.ret_wrong[i] = e.p + e.delta
+        ibt_r10(&e, i)
     _align(&e, 16)
     c.link = e.p + e.delta
-    e2(&e, 0x41, 0x5B)                           # pop r11
     st_gs(&e, H_T1, OFF(&(<Vcpu*>NULL).leave_arg))
     mov_imm(&e, H_T1, LEAVE_LINK)
     jmp_rx(&e, c.leave)
     _align(&e, 16)
     c.micro_end = e.p + e.delta
-    e2(&e, 0x41, 0x5B)
     st_gs(&e, H_T1, OFF(&(<Vcpu*>NULL).leave_arg))
     mov_imm(&e, H_T1, LEAVE_MICRO)
     jmp_rx(&e, c.leave)
