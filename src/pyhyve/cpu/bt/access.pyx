@@ -94,9 +94,8 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         e.p += sizeof(MissMeta)
         return
     if not live:
-        e3(e, 0x45, 0x89, 0xD3)                  # mov r11d, r10d
-        e2(e, 0x41, 0xC1)                        # shr r11d, 7
-        e2(e, 0xEB, 0x07)
+        e3(e, 0xC4, 0x43, 0x7B)                      # rorx r11d, r10d, 7
+        e3(e, 0xF0, 0xDA, 0x07)
         e3(e, 0x41, 0x81, 0xE3)                  # and r11d, 0x7fe0
         e32(e, (TLB_ENTRIES - 1) * sizeof(TlbEntry))
         e2(e, 0x65, 0x4D)                        # xor r10, gs:[r11 + tag]

@@ -70,6 +70,7 @@ cdef struct Cache:
     uint64_t size
     uint8_t* start          # behind the thunks (rw)
     uint8_t* at             # allocation point (rw)
+    uint8_t* cold           # the same for the cold parts, which stand apart: hot code stays dense
     Block* pool
     uint64_t pool_size
     uint64_t pool_used
@@ -107,6 +108,10 @@ cdef extern from *:
 cdef inline uint32_t ibt_hash(uint64_t rip) noexcept nogil:
     """The slot of a target within its bank: the low bits of its CRC32 (which generated code computes without flags)."""
     return bt_crc32(rip) & 0x1FFF
+
+cdef inline uint8_t* cold_start(Cache* c) noexcept nogil:
+    """Where the cold parts begin (rw): they take more room than the hot ones."""
+    return c.rw + (c.size * 3 // 8 & ~<uint64_t>63)
 
 cdef bint code_page(Vcpu* v, uint64_t hva) noexcept nogil
 cdef void code_written(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil

@@ -348,6 +348,7 @@ cdef void cache_reset(Cache* c) noexcept nogil:
     c.pool_used = 0
     c.pages_used = 0
     c.at = c.start
+    c.cold = cold_start(c)
     c.generation += 1
     c.vcpu.drop_gen += 1
     c.vcpu.n.cache_flushes += 1
@@ -357,7 +358,7 @@ cdef void cache_reset(Cache* c) noexcept nogil:
 
 
 cdef bint cache_room(Cache* c, uint64_t bytes) noexcept nogil:
-    return <uint64_t>(c.at - c.rw) + bytes <= c.size and c.pages_used + 2 <= c.pages_size and c.pool_used < c.pool_size
+    return c.at + bytes <= cold_start(c) and c.cold + bytes <= c.rw + c.size and c.pages_used + 2 <= c.pages_size and c.pool_used < c.pool_size
 
 
 cdef Block* block_at_host(Cache* c, uint64_t rx) noexcept nogil:

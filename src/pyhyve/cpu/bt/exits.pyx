@@ -96,7 +96,7 @@ cdef void call_r10(T* t, uint64_t next_rip) noexcept nogil:
         return
     ibt_r10(&t.e, t.bank)
     # the CALL of that JMP: /2 in place of /4
-    t.e.p[-6] = 0x14
+    (t.e.p - 6)[0] = 0x14
     _pad(t, next_rip)
 
 
@@ -135,8 +135,9 @@ cdef void _put_micro_meta(T* t, int i, uint8_t* resume) noexcept nogil:
 
 cdef void micro_inline(T* t, int i) noexcept nogil:
     """Instruction i runs in microcode; the block goes on behind it."""
-    thunk_rx(&t.e, t.c.micro)
-    _put_micro_meta(t, i, NULL)
+    cdef Stub* s = new_stub(t, K_MICRO, jmp_fwd(&t.e))
+    s.index = i
+    s.resume = t.e.p
 
 
 cdef void emit_stubs(T* t) noexcept nogil:

@@ -10,7 +10,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage
+from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, cold_start
 from pyhyve.cpu.bt.debug cimport DR6_BS, debug_update
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
 from pyhyve.cpu.bt.mmu cimport mmu_flush_all, mmu_flush_ept, mmu_init, mmu_translate
@@ -816,7 +816,7 @@ cdef class BtVcpu:
             "left_for_exit": self.c.leaves[6],
             "left_for_slow": self.c.leaves[7],
             "left_for_single": self.c.leaves[8],
-            "code_bytes": <uint64_t>(self.c.at - self.c.start),
+            "code_bytes": <uint64_t>(self.c.at - self.c.start) + <uint64_t>(self.c.cold - cold_start(self.c)),
         }
 
     def blocks(self):

@@ -16,9 +16,8 @@ cdef void _string_page(T* t, int pointer, int access, int size_log, int32_t keep
     cdef Emit* e = &t.e
     cdef int32_t table = o_tlb() + t.bank * TLB_ENTRIES * <int32_t>sizeof(TlbEntry)
     mov_rr(e, H_T0, pointer)
-    e3(e, 0x45, 0x89, 0xD3)                      # mov r11d, r10d
-    e2(e, 0x41, 0xC1)                            # shr r11d, 7
-    e2(e, 0xEB, 0x07)
+    e3(e, 0xC4, 0x43, 0x7B)                      # rorx r11d, r10d, 7
+    e3(e, 0xF0, 0xDA, 0x07)
     e3(e, 0x41, 0x81, 0xE3)                      # and r11d, 0x7fe0
     e32(e, (TLB_ENTRIES - 1) * sizeof(TlbEntry))
     e2(e, 0x65, 0x4D)                            # xor r10, gs:[r11 + tag]

@@ -13,7 +13,7 @@ The host's RSP stays the host's stack (signals arrive on it), GS points at the v
 clear. A memory operand becomes:
 
     lea   r10, [EA]                       the linear address
-    mov   r11d, r10d; shr r11d, 7; and r11d, 0x7fe0     the TLB entry's offset
+    rorx  r11d, r10d, 7; and r11d, 0x7fe0       the TLB entry's offset
     xor   r10, gs:[r11 + tag]             on a hit: the offset in the page
     cmp   r10, 4096 - width; ja miss      wrong page, no permission, or over the page's end
     add   r10, gs:[r11 + hva]             the host address
@@ -286,6 +286,11 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
             pc &= <uint64_t>0xFFFFFFFF
         go(&t, pc, 0)
     b.end = t.e.p + t.e.delta
+    while <uint64_t>t.e.p & 15:
+        e1(&t.e, 0xCC)
+    if not t.slow:
+        c.at = t.e.p
+    t.e.p = c.cold
     emit_stubs(&t)
     while <uint64_t>t.e.p & 7:
         e1(&t.e, 0xCC)
@@ -295,10 +300,8 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     t.e.p += 4 * n_marks
     b.n_insns = n_marks
     b.guest_len = <uint32_t>(t.rips[t.n - 1] + t.insns[t.n - 1].length - rip)
-    while <uint64_t>t.e.p & 15:
-        e1(&t.e, 0xCC)
     if not t.slow:
-        c.at = t.e.p
+        c.cold = t.e.p
     v.n.blocks_translated += 1
     v.n.insns_translated += t.n
     return b
