@@ -84,9 +84,9 @@ cdef void call_go(T* t, uint64_t target, int poll, uint64_t next_rip) noexcept n
         s.poll = poll
     else:
         mov_imm(&t.e, H_T0, target)
-        e1(&t.e, 0x65)                           # call gs:[slot]
-        e3(&t.e, 0xFF, 0x14, 0x25)
-        e32(&t.e, <uint32_t>(o_ibt() + <int32_t>(t.bank * IBT_ENTRIES + ibt_hash(target)) * 8))
+        state_prefix(&t.e)                       # call slot
+        e1(&t.e, 0xFF)
+        state_operand(&t.e, 2, o_ibt() + <int32_t>(t.bank * IBT_ENTRIES + ibt_hash(target)) * 8, 0)
     _pad(t, next_rip)
 
 
@@ -150,15 +150,16 @@ cdef void emit_stubs(T* t) noexcept nogil:
         rel32_to(s.site, t.e.p)
         if s.kind == K_MISS or s.kind == K_MISS_LIVE:
             if s.kind == K_MISS:
-                # xor r10, gs:[r11 + tag]: the linear address again
-                e2(&t.e, 0x65, 0x4D)
-                e2(&t.e, 0x33, 0x93)
-                e32(&t.e, <uint32_t>s.off)
+                # xor r10, [r11 + tag]: the linear address again
+                table_prefix(&t.e)
+                e3(&t.e, 0x4D, 0x33, 0x93)
+                e32(&t.e, table_disp(&t.e, s.off))
             else:
                 # rcx = the tag; r10 += rcx; restore rcx
-                e3(&t.e, 0x65, 0x4A, 0x8B)
+                table_prefix(&t.e)
+                e2(&t.e, 0x4A, 0x8B)
                 e2(&t.e, 0x0C, 0xDD)
-                e32(&t.e, <uint32_t>s.off)
+                e32(&t.e, table_disp(&t.e, s.off))
                 lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
                 ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
             thunk_rx(&t.e, t.c.masked if s.masked else t.c.miss)

@@ -166,7 +166,26 @@ cdef extern from *:
                 bt_ranges[i].cache = 0;
     }
 
+    /* Within reach of absolute and RIP-relative addresses, if there is room; else anywhere. */
+    static void *bt_low_pages(unsigned long long size) {
+        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_32BIT, -1, 0);
+        if (p == MAP_FAILED)
+            p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        return p == MAP_FAILED ? 0 : p;
+    }
+
+    static int bt_reach(void *code, unsigned long long size, void *state, unsigned long long state_size) {
+        long long first = (char *)state - ((char *)code + size), last = (char *)state + state_size - (char *)code;
+        return first > -(1LL << 31) && last < (1LL << 31) - 1;
+    }
+
+    static int bt_low(void *state, unsigned long long size) {
+        return (unsigned long long)state + size < 1ULL << 31;
+    }
+
     static int bt_map(unsigned long long size, void **rw, void **rx) {
+        unsigned long long at;
         int fd = memfd_create("pyhyve-code", MFD_CLOEXEC);
         if (fd < 0)
             return errno;
@@ -176,7 +195,11 @@ cdef extern from *:
             return e;
         }
         *rw = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        *rx = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+        *rx = MAP_FAILED;
+        for (at = 2ULL << 30; at + size < 3ULL << 30 && *rx == MAP_FAILED; at += size)
+            *rx = mmap((void *)at, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0);
+        if (*rx == MAP_FAILED)
+            *rx = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
         close(fd);
         if (*rw == MAP_FAILED || *rx == MAP_FAILED)
             return errno;
@@ -228,6 +251,9 @@ cdef extern from *:
     void bt_free_return_stack(uint64_t base) noexcept nogil
     int bt_register(void* cache, uint64_t lo, uint64_t hi, uint64_t base) noexcept nogil
     void bt_unregister(void* cache) noexcept nogil
+    void* bt_low_pages(uint64_t size) noexcept nogil
+    bint bt_reach(void* code, uint64_t size, void* state, uint64_t state_size) noexcept nogil
+    bint bt_low(void* state, uint64_t size) noexcept nogil
     int bt_map(uint64_t size, void** rw, void** rx) noexcept nogil
     void bt_unmap(void* rw, void* rx, uint64_t size) noexcept nogil
     void* bt_pages(uint64_t size) noexcept nogil
@@ -401,7 +427,7 @@ cdef class BtVcpu:
         self.shared = shared
         self.vcpu_id = vcpu_id
         self.code_size = code_size
-        self.v = <Vcpu*>bt_pages(sizeof(Vcpu))
+        self.v = <Vcpu*>bt_low_pages(sizeof(Vcpu))
         self.c = <Cache*>calloc(1, sizeof(Cache))
         if self.v == NULL or self.c == NULL:
             raise HostError("out of memory for a vCPU")
@@ -413,6 +439,8 @@ cdef class BtVcpu:
         self.c.rw = <uint8_t*>rw
         self.c.rx = <uint8_t*>rx
         self.c.size = code_size
+        self.c.near = bt_reach(rx, code_size, self.v, sizeof(Vcpu))
+        self.c.low = bt_low(self.v, sizeof(Vcpu))
         self.c.pool_size = POOL
         self.c.pool = <Block*>bt_pages(POOL * sizeof(Block))
         self.c.pages_size = PAGES

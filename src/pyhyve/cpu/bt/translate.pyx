@@ -96,10 +96,9 @@ cdef void _entries(T* t) noexcept nogil:
     mov_rr(e, H_RCX, H_T1)
     b.entry_poll = e.p + e.delta
     if not t.live[0]:
-        e1(e, 0x65)                              # cmp qword gs:[poll], 0
-        e3(e, 0x48, 0x83, 0x3C)
-        e1(e, 0x25)
-        e32(e, <uint32_t>o_poll())
+        state_prefix(e)                          # cmp qword [poll], 0
+        e2(e, 0x48, 0x83)
+        state_operand(e, 7, o_poll(), 1)
         e1(e, 0)
         s = new_stub(t, K_POLL, jcc_fwd(e, CC_NE))
         s.rip = b.rip
@@ -214,6 +213,9 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     b.ibt_slot = <uint32_t>(t.bank * IBT_ENTRIES) + ibt_hash(rip)
     t.e.p = c.at
     t.e.delta = c.rx - c.rw
+    t.e.state = <uint64_t>v
+    t.e.near = c.near
+    t.e.low = c.low
     find_liveness(&t)
     find_accesses(&t)
     _entries(&t)
