@@ -18,7 +18,7 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
     cdef const uint8_t* code
     if t.straddle:
         return FL_ALL
-    for k in range(6):
+    for k in range(12):
         lin = rip + t.csbase
         if (lin & ~<uint64_t>0xFFF) != t.page:
             return live | todo
