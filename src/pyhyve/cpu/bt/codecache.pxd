@@ -95,6 +95,7 @@ cdef struct Cache:
     uint8_t* micro
     uint8_t* micro_end
     uint8_t* link
+    uint8_t* single
     uint8_t* ret_empty[BANKS]
     uint8_t* ret_wrong[BANKS]
     uint8_t* masked

@@ -8,7 +8,7 @@ from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.state cimport IBT_ENTRIES, Vcpu
 from pyhyve.cpu.bt.liveness cimport live_at
-from pyhyve.cpu.bt.thunks cimport ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
+from pyhyve.cpu.bt.thunks cimport GROUP, SHARED, ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
 
 cdef inline bint _linkable(T* t, uint64_t target) noexcept nogil:
@@ -140,11 +140,22 @@ cdef void micro_inline(T* t, int i) noexcept nogil:
     s.resume = t.e.p
 
 
+cdef void _link(T* t, uint8_t* thunk, uint64_t rip, uint8_t* site, int poll) noexcept nogil:
+    """Leave, to go on at `rip`; the dispatcher makes the jump at `site` lead there directly."""
+    cdef LinkMeta* l
+    mov_imm(&t.e, H_T0, rip)
+    thunk_rx(&t.e, thunk)
+    l = <LinkMeta*>t.e.p
+    l.site = <int32_t>(site - t.e.p)
+    l.poll = <uint8_t>poll
+    t.e.p += sizeof(LinkMeta)
+
+
 cdef void emit_stubs(T* t) noexcept nogil:
     cdef int i
     cdef Stub* s
     cdef MissMeta* m
-    cdef LinkMeta* l
+    cdef uint8_t* over_end
     for i in range(t.n_stubs):
         s = &t.stubs[i]
         rel32_to(s.site, t.e.p)
@@ -162,6 +173,15 @@ cdef void emit_stubs(T* t) noexcept nogil:
                 e32(&t.e, table_disp(&t.e, s.off))
                 lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
                 ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
+            over_end = NULL
+            if s.kind == K_MISS and t.size == 64 and s.access & (GROUP | SHARED) and not s.masked:
+                # a range over the page's end: on in the block that checks access by access
+                e3(&t.e, 0x45, 0x89, 0xD3)       # mov r11d, r10d
+                e3(&t.e, 0x41, 0x81, 0xE3)       # and r11d, 4095
+                e32(&t.e, 0xFFF)
+                e3(&t.e, 0x41, 0x81, 0xFB)       # cmp r11d, 4096 - width
+                e32(&t.e, 0x1000 - s.width)
+                over_end = jcc_fwd(&t.e, CC_A)
             thunk_rx(&t.e, t.c.masked if s.masked else t.c.miss)
             m = <MissMeta*>t.e.p
             m.rip = s.rip
@@ -172,13 +192,11 @@ cdef void emit_stubs(T* t) noexcept nogil:
             t.e.p += sizeof(MissMeta)
             if s.masked:
                 put_mask(&t.e, s.masked, 0)
+            if over_end != NULL:
+                rel32_to(over_end, t.e.p)
+                _link(t, t.c.single, s.rip, over_end, 0)
         elif s.kind == K_LINK:
-            mov_imm(&t.e, H_T0, s.rip)
-            thunk_rx(&t.e, t.c.link)
-            l = <LinkMeta*>t.e.p
-            l.site = <int32_t>(s.site - t.e.p)
-            l.poll = <uint8_t>s.poll
-            t.e.p += sizeof(LinkMeta)
+            _link(t, t.c.link, s.rip, s.site, s.poll)
         elif s.kind == K_EXIT:
             _go_ibt(t, s.rip)
         elif s.kind == K_POLL:

@@ -112,6 +112,7 @@ cdef uint64_t _leave_access(Vcpu* v, int r, int group, uint64_t lin, uint32_t wi
                 v.tmp2 = <uint64_t>b.entry_direct
                 return 1
         v.leave_reason = LEAVE_SINGLE
+        v.leave_arg = 0
     elif r == R_EXIT:
         v.leave_reason = LEAVE_EXIT
     elif r == R_SLOW:
@@ -454,6 +455,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             v.n.slow_insns += 1
         elif single:
             single = 0
+            if link != NULL and dropped == v.drop_gen and not b.straddle:
+                site = <uint8_t*>link - (c.rx - c.rw) + link.site
+                (<int32_t*>site)[0] = <int32_t>(b.entry_direct - (<uint8_t*>link + link.site + 4))
         else:
             ibt_set(v, b)
             if link != NULL and dropped == v.drop_gen and b.straddle:
@@ -517,6 +521,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             continue
         elif v.leave_reason == LEAVE_SINGLE:
             single = MODE_SINGLE
+            link = <LinkMeta*>v.leave_arg
             continue
         else:
             update_bank(v)

@@ -150,6 +150,11 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss
     mov_imm(&e, H_T1, LEAVE_LINK)
     jmp_rx(&e, c.leave)
     _align(&e, 16)
+    c.single = e.p + e.delta
+    st_gs(&e, H_T1, OFF(&(<Vcpu*>NULL).leave_arg))
+    mov_imm(&e, H_T1, LEAVE_SINGLE)
+    jmp_rx(&e, c.leave)
+    _align(&e, 16)
     c.micro_end = e.p + e.delta
     st_gs(&e, H_T1, OFF(&(<Vcpu*>NULL).leave_arg))
     mov_imm(&e, H_T1, LEAVE_MICRO)
