@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.shared cimport *
 from pyhyve.cpu.bt.state cimport (
-    BANK_USER, BANKS, IBT_ENTRIES, TLB_ENTRIES, Vcpu, tlb_invalid,
+    BANK_USER, BANKS, IBT_ENTRIES, TLB_ENTRIES, WAY_ENTRIES, Vcpu, tlb_invalid,
 )
 
 
@@ -143,7 +143,7 @@ cdef void inbox_process(Cache* c) noexcept nogil:
                 _drop_page(v, c, &c.pages[k])
     if inbox.protect_all:
         inbox.protect_all = 0
-        for k in range(BANKS * TLB_ENTRIES):
+        for k in range(2 * WAY_ENTRIES):
             v.tlb[k].tag_w = tlb_invalid(<uint32_t>k & (TLB_ENTRIES - 1))
     inbox.n = 0
     inbox.done = inbox.sent
@@ -264,7 +264,7 @@ cdef CodePage* _page_make(Cache* c, uint64_t page) noexcept nogil:
 cdef void _protect(Vcpu* v, uint64_t page) noexcept nogil:
     """From now on every write to the page takes the slow path."""
     cdef uint32_t i
-    for i in range(BANKS * TLB_ENTRIES):
+    for i in range(2 * WAY_ENTRIES):
         if v.tlb[i].hva == page:
             v.tlb[i].tag_w = tlb_invalid(i & (TLB_ENTRIES - 1))
 

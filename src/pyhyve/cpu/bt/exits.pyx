@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from pyhyve.cpu.bt.codecache cimport ibt_hash
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.state cimport IBT_ENTRIES, Vcpu
+from pyhyve.cpu.bt.state cimport ACCESS_WRITE, IBT_ENTRIES, WAY_ENTRIES, TlbEntry, Vcpu
 from pyhyve.cpu.bt.liveness cimport live_at
 from pyhyve.cpu.bt.thunks cimport GROUP, SHARED, ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
@@ -151,6 +151,28 @@ cdef void _link(T* t, uint8_t* thunk, uint64_t rip, uint8_t* site, int poll) noe
     t.e.p += sizeof(LinkMeta)
 
 
+cdef void _second_way(T* t, Stub* s) noexcept nogil:
+    """As the hot code did, with r10 and r11 as they are now."""
+    cdef Emit* e = &t.e
+    cdef int32_t way = WAY_ENTRIES * <int32_t>sizeof(TlbEntry)
+    cdef int32_t entry = way + s.off - (OFF(&(<TlbEntry*>NULL).tag_w) if s.access & ACCESS_WRITE else 0)
+    cdef uint8_t* miss
+    table_prefix(e)                              # xor r10, [r11 + tag]
+    e3(e, 0x4D, 0x33, 0x93)
+    e32(e, table_disp(e, way + s.off))
+    e3(e, 0x49, 0x81, 0xFA)                      # cmp r10, 4096 - width
+    e32(e, 0x1000 - s.width)
+    miss = jcc_fwd(e, CC_A)
+    table_prefix(e)                              # mov r10, [r11 + addend], or add r10, [r11 + hva]
+    e3(e, 0x4D, 0x8B if s.access & SHARED else 0x03, 0x93)
+    e32(e, table_disp(e, entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & SHARED else OFF(&(<TlbEntry*>NULL).hva))))
+    rel32_to(jmp_fwd(e), s.resume)
+    rel32_to(miss, e.p)
+    table_prefix(e)
+    e3(e, 0x4D, 0x33, 0x93)
+    e32(e, table_disp(e, way + s.off))
+
+
 cdef void emit_stubs(T* t) noexcept nogil:
     cdef int i
     cdef Stub* s
@@ -165,6 +187,8 @@ cdef void emit_stubs(T* t) noexcept nogil:
                 table_prefix(&t.e)
                 e3(&t.e, 0x4D, 0x33, 0x93)
                 e32(&t.e, table_disp(&t.e, s.off))
+                if not s.masked:
+                    _second_way(t, s)
             else:
                 # rcx = the tag; r10 += rcx; restore rcx
                 table_prefix(&t.e)

@@ -82,6 +82,9 @@ cdef inline uint64_t* mmu_hit(Vcpu* v, uint64_t lin, uint32_t size, int bank, in
     """Host address of `size` bytes at `lin` if the TLB has them in one page, else NULL."""
     cdef TlbEntry* e = &v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))]
     cdef uint64_t tag = e.tag_w if access == ACCESS_WRITE else e.tag_r
+    if tag != lin & ~<uint64_t>0xFFF:
+        e += WAY_ENTRIES
+        tag = e.tag_w if access == ACCESS_WRITE else e.tag_r
     if tag == lin & ~<uint64_t>0xFFF and (lin & 0xFFF) + size <= 4096:
         return <uint64_t*>(e.hva + (lin & 0xFFF))
     return NULL

@@ -470,13 +470,24 @@ cdef inline void note_large(Vcpu* v, uint64_t lin, uint64_t info) noexcept nogil
         set_bit(&v.ept_cache_val[KEEP_HUGE], lin >> 30 & 255)
 
 
+cdef inline void drop(TlbEntry* e, uint32_t index) noexcept nogil:
+    e.tag_r = tlb_invalid(index)
+    e.tag_w = tlb_invalid(index)
+
+
 cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint64_t info) noexcept nogil:
     """Fill the TLB entry of `lin`; True if the page holds translated code and a write was asked for."""
     cdef uint32_t index = <uint32_t>(lin >> 12) & (TLB_ENTRIES - 1)
     cdef TlbEntry* e = &v.tlb[bank * TLB_ENTRIES + index]
     cdef uint64_t page = lin & PAGE_MASK
     cdef bint code = False
+    cdef TlbEntry* second = e + WAY_ENTRIES
     hva &= PAGE_MASK
+    if e.tag_r != page:
+        if e.tag_r != tlb_invalid(index):
+            second[0] = e[0]                     # pages that share an index do not push each other out
+        elif second.tag_r == page:
+            drop(second, index)
     e.tag_r = page
     e.tag_w = tlb_invalid(index)
     e.hva = hva
@@ -487,7 +498,7 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
     e.addend = hva - page
     if v.debug and page_watched(v, lin):
         e.tag_r = e.tag_w = tlb_invalid(index)
-    note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
+    set_bit(&v.ept_cache_tag[KEEP_TLB + (bank * 2 + (info & MMU_GLOBAL)) * TLB_WORDS], index)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
     return code and access == ACCESS_WRITE
@@ -555,11 +566,6 @@ cdef int mmu_fetch(Vcpu* v, uint64_t lin, int bank, uint64_t* hva_page, uint64_t
 # ---------------------------------------------------------------------------------------------------------------------
 # Flushes
 
-cdef inline void drop(TlbEntry* e, uint32_t index) noexcept nogil:
-    e.tag_r = tlb_invalid(index)
-    e.tag_w = tlb_invalid(index)
-
-
 cdef void drop_noted(Vcpu* v, int side) noexcept nogil:
     """Drop what was filled: local entries (0) or global ones (1)."""
     cdef uint64_t* words
@@ -577,6 +583,7 @@ cdef void drop_noted(Vcpu* v, int side) noexcept nogil:
                 index = k * 64 + <uint32_t>bt_ctz(bits)
                 bits &= bits - 1
                 drop(&v.tlb[bank * TLB_ENTRIES + index], index)
+                drop(&v.tlb[WAY_ENTRIES + bank * TLB_ENTRIES + index], index)
     words = &v.ept_cache_tag[KEEP_FETCH + side * FETCH_WORDS]
     for k in range(FETCH_WORDS):
         bits = words[k]
@@ -623,7 +630,7 @@ cdef void drop_region(Vcpu* v, uint64_t lin, int shift) noexcept nogil:
     cdef uint32_t index
     cdef TlbEntry* e
     cdef FetchEntry* f
-    cdef int bank, k
+    cdef int bank, k, way
     for bank in range(BANKS):
         words = &v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS]
         for k in range(TLB_WORDS):
@@ -631,9 +638,10 @@ cdef void drop_region(Vcpu* v, uint64_t lin, int shift) noexcept nogil:
             while bits:
                 index = k * 64 + <uint32_t>bt_ctz(bits)
                 bits &= bits - 1
-                e = &v.tlb[bank * TLB_ENTRIES + index]
-                if (e.tag_r ^ lin) >> shift == 0:
-                    drop(e, index)
+                for way in range(2):
+                    e = &v.tlb[way * WAY_ENTRIES + bank * TLB_ENTRIES + index]
+                    if (e.tag_r ^ lin) >> shift == 0:
+                        drop(e, index)
     for k in range(FETCH_ENTRIES):
         f = &v.fetch[k]
         if f.lin and (f.lin ^ lin) >> shift == 0:
@@ -658,6 +666,8 @@ cdef void mmu_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
         e = &v.tlb[bank * TLB_ENTRIES + index]
         if e.tag_r == page:
             drop(e, index)
+        if e[WAY_ENTRIES].tag_r == page:
+            drop(e + WAY_ENTRIES, index)
     if f.lin == page | 1:
         f.lin = 0
     ibt_flush_page(v, lin)
@@ -681,7 +691,7 @@ cdef void mmu_init(Vcpu* v) noexcept nogil:
     for k in range(256):
         v.ept_cache_tag[k] = 0
         v.ept_cache_val[k] = 0
-    for k in range(BANKS * TLB_ENTRIES):
+    for k in range(2 * WAY_ENTRIES):
         drop(&v.tlb[k], k & (TLB_ENTRIES - 1))
         v.tlb[k].addend = 0
     for k in range(FETCH_ENTRIES):

@@ -15,6 +15,7 @@ cdef enum:
     BANK_USER = 1           # user-mode accesses (CPL 3)
     BANK_KERNEL_AC = 2      # supervisor accesses with RFLAGS.AC = 1 (STAC)
     BANKS = 3
+    WAY_ENTRIES = 3072      # of all banks
     IBT_BITS = 13
     IBT_ENTRIES = 8192
     FETCH_ENTRIES = 512
@@ -303,7 +304,7 @@ cdef struct Vcpu:
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
     uint64_t ibt[BANKS * IBT_ENTRIES]     # host code addresses by linear target
-    TlbEntry tlb[BANKS * TLB_ENTRIES]
+    TlbEntry tlb[2 * WAY_ENTRIES]         # second half: the second way, for what the first one's entries push out
     uint8_t bounce[704]
     uint8_t xsave_area[4096 + 64]         # guest vector state while out of generated code (aligned by user)
     uint8_t xsave_bounce[4096 + 64]

@@ -8,7 +8,7 @@ from pyhyve.cpu.bt.context cimport MAX_INSNS
 from pyhyve.cpu.bt.thunks cimport *     # who calls the translator handles what its code asks for, too
 
 cdef enum:
-    MAX_BLOCK_BYTES = 24576  # upper bound of host code that one block takes
+    MAX_BLOCK_BYTES = 32768  # upper bound of host code that one block takes
 
 # Translate the block at v.rip. `code` is the host address of its first byte; `avail` how many bytes the page still has;
 # `hva2`, where not 0, is the host page that follows (fetched only because the first instruction needs it).
