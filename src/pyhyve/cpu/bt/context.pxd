@@ -1,6 +1,6 @@
 # cython: language_level=3
 """What the parts of the translator share: the block that is being made, its accesses and exits, and where guest
-registers are. Generated code finds the vCPU's fields at gs:[offset]."""
+registers are. How generated code finds the vCPU's fields is in emit.pxd."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 

@@ -303,7 +303,7 @@ cdef void _lea(T* t, int n) noexcept nogil:
             mov_rr32(e, H_T0, H_T0)
             st_gs(e, H_T0, o_gpr(dst))
         else:
-            e1(e, 0x66)                          # mov word gs:[slot], r10w: the operand-size prefix stands before GS's
+            e1(e, 0x66)                          # mov word [slot], r10w
             op_gs(e, 0x89, H_T0, o_gpr(dst), 0)
         return
     if i.opsize == 8:

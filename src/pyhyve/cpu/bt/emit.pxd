@@ -182,11 +182,11 @@ cdef inline void pext_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
     state_operand(e, dst, off, 0)
 
 cdef inline void pdep_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
-    """pdep dst, src, gs:[off] (64 bits; leaves flags alone)"""
-    e1(e, 0x65)
+    """pdep dst, src, field (64 bits; leaves flags alone)"""
+    state_prefix(e)
     e3(e, 0xC4, 0x62 | (0 if dst & 8 else 0x80), 0x83 | ((~src & 15) << 3))
-    e3(e, 0xF5, 0x04 | ((dst & 7) << 3), 0x25)
-    e32(e, <uint32_t>off)
+    e1(e, 0xF5)
+    state_operand(e, dst, off, 0)
 
 cdef inline void pext_rr(Emit* e, int dst, int src, int mask) noexcept nogil:
     """pext dst, src, mask (64 bits; leaves flags alone)"""

@@ -1,7 +1,7 @@
 # cython: language_level=3
 """The state of one virtual processor, as generated code, microcode and MMU see it.
 
-Generated code addresses every field of `Vcpu` as gs:[offset]; the structure is allocated once, zeroed, page-aligned,
+Generated code addresses the fields of `Vcpu` (emit.pxd); the structure is allocated once, zeroed, page-aligned,
 and never moves. Names are the architecture's.
 """
 

@@ -36,7 +36,7 @@ cdef void _string_page(T* t, int pointer, int access, int size_log, int32_t keep
     e32(e, 0x1000)
     sites[n[0]] = jcc_fwd(e, CC_A)
     n[0] += 1
-    op_gs(e, 0x03, H_T0, keep, 1)                # add r10, gs:[keep]
+    op_gs(e, 0x03, H_T0, keep, 1)                # add r10, [keep]
 
 
 cdef bint emit_string(T* t, int n) noexcept nogil:

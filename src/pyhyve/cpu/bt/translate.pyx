@@ -14,9 +14,9 @@ clear. A memory operand becomes:
 
     lea   r10, [EA]                       the linear address
     rorx  r11d, r10d, 7; and r11d, 0x7fe0       the TLB entry's offset
-    xor   r10, gs:[r11 + tag]             on a hit: the offset in the page
+    xor   r10, [r11 + tag]                on a hit: the offset in the page
     cmp   r10, 4096 - width; ja miss      wrong page, no permission, or over the page's end
-    add   r10, gs:[r11 + hva]             the host address
+    add   r10, [r11 + hva]                the host address
 
 That destroys flags. Where the guest's flags are still needed (liveness says so: about one access in four), a longer
 sequence does the same by LEA, NOT, PEXT and JRCXZ, which leave flags alone.
