@@ -498,7 +498,10 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
     e.addend = hva - page
     if v.debug and page_watched(v, lin):
         e.tag_r = e.tag_w = tlb_invalid(index)
-    set_bit(&v.ept_cache_tag[KEEP_TLB + (bank * 2 + (info & MMU_GLOBAL)) * TLB_WORDS], index)
+    if second.tag_r == tlb_invalid(index):
+        note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
+    else:                                        # the bits are for both ways
+        set_bit(&v.ept_cache_tag[KEEP_TLB + (bank * 2 + (info & MMU_GLOBAL)) * TLB_WORDS], index)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
     return code and access == ACCESS_WRITE
