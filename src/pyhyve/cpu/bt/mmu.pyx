@@ -450,6 +450,11 @@ cdef inline bint test_bit(uint64_t* words, uint64_t bit) noexcept nogil:
     return words[bit >> 6] >> (bit & 63) & 1
 
 
+cdef inline uint64_t* noted(Vcpu* v, int way, int bank, int side) noexcept nogil:
+    """The bit map of the local (side 0) or global entries of a way."""
+    return (&v.second_noted[0] if way else &v.ept_cache_tag[KEEP_TLB]) + (bank * 2 + side) * TLB_WORDS
+
+
 cdef inline void note_filled(uint64_t* words, int n, uint64_t index, uint64_t info) noexcept nogil:
     """Two bit maps of n words: of local entries, and of global ones behind it. An entry stands in one of them."""
     cdef uint64_t bit = <uint64_t>1 << (index & 63)
@@ -486,6 +491,8 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
     if e.tag_r != page:
         if e.tag_r != tlb_invalid(index):
             second[0] = e[0]                     # pages that share an index do not push each other out
+            note_filled(noted(v, 1, bank, 0), TLB_WORDS, index,
+                        MMU_GLOBAL if test_bit(noted(v, 0, bank, 1), index) else 0)
         elif second.tag_r == page:
             drop(second, index)
     e.tag_r = page
@@ -498,10 +505,7 @@ cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint6
     e.addend = hva - page
     if v.debug and page_watched(v, lin):
         e.tag_r = e.tag_w = tlb_invalid(index)
-    if second.tag_r == tlb_invalid(index):
-        note_filled(&v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS], TLB_WORDS, index, info)
-    else:                                        # the bits are for both ways
-        set_bit(&v.ept_cache_tag[KEEP_TLB + (bank * 2 + (info & MMU_GLOBAL)) * TLB_WORDS], index)
+    note_filled(noted(v, 0, bank, 0), TLB_WORDS, index, info)
     if info & (MMU_LARGE | MMU_HUGE):
         note_large(v, lin, info)
     return code and access == ACCESS_WRITE
@@ -574,9 +578,9 @@ cdef void drop_noted(Vcpu* v, int side) noexcept nogil:
     cdef uint64_t* words
     cdef uint64_t bits
     cdef uint32_t index
-    cdef int bank, k
-    for bank in range(BANKS):
-        words = &v.ept_cache_tag[KEEP_TLB + (bank * 2 + side) * TLB_WORDS]
+    cdef int n, k
+    for n in range(2 * BANKS):
+        words = noted(v, n // BANKS, n % BANKS, side)
         for k in range(TLB_WORDS):
             bits = words[k]
             if not bits:
@@ -585,8 +589,7 @@ cdef void drop_noted(Vcpu* v, int side) noexcept nogil:
             while bits:
                 index = k * 64 + <uint32_t>bt_ctz(bits)
                 bits &= bits - 1
-                drop(&v.tlb[bank * TLB_ENTRIES + index], index)
-                drop(&v.tlb[WAY_ENTRIES + bank * TLB_ENTRIES + index], index)
+                drop(&v.tlb[n * TLB_ENTRIES + index], index)
     words = &v.ept_cache_tag[KEEP_FETCH + side * FETCH_WORDS]
     for k in range(FETCH_WORDS):
         bits = words[k]
@@ -633,18 +636,17 @@ cdef void drop_region(Vcpu* v, uint64_t lin, int shift) noexcept nogil:
     cdef uint32_t index
     cdef TlbEntry* e
     cdef FetchEntry* f
-    cdef int bank, k, way
-    for bank in range(BANKS):
-        words = &v.ept_cache_tag[KEEP_TLB + bank * 2 * TLB_WORDS]
+    cdef int n, k
+    for n in range(2 * BANKS):
+        words = noted(v, n // BANKS, n % BANKS, 0)
         for k in range(TLB_WORDS):
             bits = words[k] | words[k + TLB_WORDS]
             while bits:
                 index = k * 64 + <uint32_t>bt_ctz(bits)
                 bits &= bits - 1
-                for way in range(2):
-                    e = &v.tlb[way * WAY_ENTRIES + bank * TLB_ENTRIES + index]
-                    if (e.tag_r ^ lin) >> shift == 0:
-                        drop(e, index)
+                e = &v.tlb[n * TLB_ENTRIES + index]
+                if (e.tag_r ^ lin) >> shift == 0:
+                    drop(e, index)
     for k in range(FETCH_ENTRIES):
         f = &v.fetch[k]
         if f.lin and (f.lin ^ lin) >> shift == 0:

@@ -304,6 +304,7 @@ cdef struct Vcpu:
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
     uint64_t ibt[BANKS * IBT_ENTRIES]     # host code addresses by linear target
+    uint64_t second_noted[96]    # mmu.pyx: which entries of the second way were filled
     TlbEntry tlb[2 * WAY_ENTRIES]         # second half: the second way, for what the first one's entries push out
     uint8_t bounce[704]
     uint8_t xsave_area[4096 + 64]         # guest vector state while out of generated code (aligned by user)
