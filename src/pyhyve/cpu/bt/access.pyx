@@ -98,28 +98,28 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         e3(e, 0xF0, 0xDA, 0x07)
         e3(e, 0x41, 0x81, 0xE3)                  # and r11d, 0x7fe0
         e32(e, (TLB_ENTRIES - 1) * sizeof(TlbEntry))
-        table_prefix(e)                          # xor r10, [r11 + tag]
+        e1(e, 0x65)                              # xor r10, gs:[r11 + tag]
         e3(e, 0x4D, 0x33, 0x93)
-        e32(e, table_disp(e, tag))
+        e32(e, <uint32_t>tag)
         e3(e, 0x49, 0x81, 0xFA)                  # cmp r10, 4096 - width
         e32(e, 0x1000 - width)
         site = jcc_fwd(e, CC_A)
-        table_prefix(e)
+        e1(e, 0x65)
         if access & SHARED:
-            e3(e, 0x4D, 0x8B, 0x93)              # mov r10, [r11 + addend]
-            e32(e, table_disp(e, table + OFF(&(<TlbEntry*>NULL).addend)))
+            e3(e, 0x4D, 0x8B, 0x93)              # mov r10, gs:[r11 + addend]
+            e32(e, <uint32_t>(table + OFF(&(<TlbEntry*>NULL).addend)))
         else:
-            e3(e, 0x4D, 0x03, 0x93)              # add r10, [r11 + hva]
-            e32(e, table_disp(e, hva))
+            e3(e, 0x4D, 0x03, 0x93)              # add r10, gs:[r11 + hva]
+            e32(e, <uint32_t>hva)
         s = new_stub(t, K_MISS, site)
     else:
         st_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
         pext_gs(e, H_RCX, H_T0, OFF(&(<Vcpu*>NULL).tlb_mask))
         lea_sib(e, H_RCX, -1, H_RCX, 2, 0, 1)    # lea rcx, [rcx * 4]
-        table_prefix(e)                          # mov r11, [rcx * 8 + tag]
+        e1(e, 0x65)                              # mov r11, gs:[rcx * 8 + tag]
         e2(e, 0x4C, 0x8B)
         e2(e, 0x1C, 0xCD)
-        e32(e, table_disp(e, tag))
+        e32(e, <uint32_t>tag)
         e3(e, 0x49, 0xF7, 0xD3)                  # not r11
         lea_sib(e, H_T0, H_T0, H_T1, 0, 1, 1)    # lea r10, [r10 + r11 + 1]: the offset in the page
         lea_rd(e, H_T1, H_T0, <int32_t>width - 1, 1)
@@ -128,14 +128,14 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         e2(e, 0xE3, 0x05)                        # jrcxz hit
         site = jmp_fwd(e)
         ld_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
-        table_prefix(e)
+        e1(e, 0x65)
         e2(e, 0x4E, 0x8B)
         if access & SHARED:
             e2(e, 0x14, 0xDD)                    # mov r10, [r11 * 8 + addend]
-            e32(e, table_disp(e, table + OFF(&(<TlbEntry*>NULL).addend)))
+            e32(e, <uint32_t>(table + OFF(&(<TlbEntry*>NULL).addend)))
         else:
             e2(e, 0x1C, 0xDD)                    # mov r11, [r11 * 8 + hva]
-            e32(e, table_disp(e, hva))
+            e32(e, <uint32_t>hva)
             lea_sib(e, H_T0, H_T0, H_T1, 0, 0, 1)
         s = new_stub(t, K_MISS_LIVE, site)
     s.resume = e.p

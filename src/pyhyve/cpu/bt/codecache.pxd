@@ -65,8 +65,6 @@ cdef struct Cache:
     Inbox inbox
     uint64_t not_before     # see give_back
     uint64_t pauses         # PAUSEs of a VM with several vCPUs
-    int near                # generated code reaches the vCPU structure by RIP-relative addresses
-    int low                 # the structure lies in the lowest 2 GiB
     uint8_t* rw             # the code memory, writable view
     uint8_t* rx             # the same memory, executable view
     uint64_t size

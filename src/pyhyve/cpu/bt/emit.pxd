@@ -27,8 +27,6 @@ ctypedef struct Emit:
     uint8_t* p              # where the next byte goes (writable view)
     int64_t delta           # executable view minus writable view
     uint64_t state          # the vCPU structure
-    int near                # RIP-relative addresses reach it
-    int low                 # it lies in the lowest 2 GiB
 
 cdef inline void e1(Emit* e, uint32_t b) noexcept nogil:
     e.p[0] = <uint8_t>b
@@ -62,35 +60,17 @@ cdef inline bint fits32(uint64_t value) noexcept nogil:
     return <int64_t>value == <int64_t><int32_t>value
 
 # A field of the structure is addressed off RIP: unlike one at gs:[offset], the host's processor then forwards what was
-# stored to what is loaded without delay (5 cycles less, measured on Zen 4). Where code and structure are too far apart
-# for that, GS does it; it always points at the structure.
-
-cdef inline void state_prefix(Emit* e) noexcept nogil:
-    """Before the instruction's other prefixes and REX."""
-    if not e.near:
-        e1(e, 0x65)
+# stored to what is loaded without delay (5 cycles less, measured on Zen 4). The structure lies behind the code. Tables in
+# it are at gs:[index + offset].
 
 cdef inline void state_operand(Emit* e, int reg, int32_t off, int behind) noexcept nogil:
     """ModRM and what follows it: the field at `off`, and ModRM.reg; `behind`: bytes of immediate to come."""
-    if e.near:
-        e1(e, 0x05 | (reg & 7) << 3)
-        e32(e, <uint32_t><int32_t>(<int64_t>(e.state + <uint64_t><int64_t>off) - <int64_t>(e.p + e.delta + 4 + behind)))
-    else:
-        e2(e, 0x04 | (reg & 7) << 3, 0x25)
-        e32(e, <uint32_t>off)
-
-cdef inline void table_prefix(Emit* e) noexcept nogil:
-    """Of an instruction with an operand [index + table_disp]."""
-    if not e.low:
-        e1(e, 0x65)
-
-cdef inline uint32_t table_disp(Emit* e, int32_t off) noexcept nogil:
-    return <uint32_t>e.state + <uint32_t>off if e.low else <uint32_t>off
+    e1(e, 0x05 | (reg & 7) << 3)
+    e32(e, <uint32_t><int32_t>(<int64_t>(e.state + <uint64_t><int64_t>off) - <int64_t>(e.p + e.delta + 4 + behind)))
 
 cdef inline void op_gs(Emit* e, uint32_t op, int reg, int32_t off, int w) noexcept nogil:
     """op reg, field (or the other way round, by the opcode); w: 1 for 64 bits."""
     cdef uint32_t rex = 0x40 | (w << 3) | ((reg & 8) >> 1)
-    state_prefix(e)
     if rex != 0x40:
         e1(e, rex)
     e1(e, op)
@@ -104,7 +84,6 @@ cdef inline void st_gs(Emit* e, int reg, int32_t off) noexcept nogil:
 
 cdef inline void st_gs_imm8(Emit* e, int32_t off, uint32_t value) noexcept nogil:
     """mov byte field, value"""
-    state_prefix(e)
     e1(e, 0xC6)
     state_operand(e, 0, off, 1)
     e1(e, value)
@@ -176,14 +155,12 @@ cdef inline void lea_sib(Emit* e, int dst, int base, int index, int scale_log, i
 
 cdef inline void pext_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
     """pext dst, src, field (64 bits; leaves flags alone)"""
-    state_prefix(e)
     e3(e, 0xC4, 0x62 | (0 if dst & 8 else 0x80), 0x82 | ((~src & 15) << 3))
     e1(e, 0xF5)
     state_operand(e, dst, off, 0)
 
 cdef inline void pdep_gs(Emit* e, int dst, int src, int32_t off) noexcept nogil:
     """pdep dst, src, field (64 bits; leaves flags alone)"""
-    state_prefix(e)
     e3(e, 0xC4, 0x62 | (0 if dst & 8 else 0x80), 0x83 | ((~src & 15) << 3))
     e1(e, 0xF5)
     state_operand(e, dst, off, 0)
@@ -227,6 +204,5 @@ cdef inline void thunk_rx(Emit* e, uint8_t* target) noexcept nogil:
 
 cdef inline void jmp_gs(Emit* e, int32_t off) noexcept nogil:
     """jmp field"""
-    state_prefix(e)
     e1(e, 0xFF)
     state_operand(e, 4, off, 0)

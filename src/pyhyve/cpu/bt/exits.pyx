@@ -84,8 +84,7 @@ cdef void call_go(T* t, uint64_t target, int poll, uint64_t next_rip) noexcept n
         s.poll = poll
     else:
         mov_imm(&t.e, H_T0, target)
-        state_prefix(&t.e)                       # call slot
-        e1(&t.e, 0xFF)
+        e1(&t.e, 0xFF)                           # call slot
         state_operand(&t.e, 2, o_ibt() + <int32_t>(t.bank * IBT_ENTRIES + ibt_hash(target)) * 8, 0)
     _pad(t, next_rip)
 
@@ -157,20 +156,20 @@ cdef void _second_way(T* t, Stub* s) noexcept nogil:
     cdef int32_t way = WAY_ENTRIES * <int32_t>sizeof(TlbEntry)
     cdef int32_t entry = way + s.off - (OFF(&(<TlbEntry*>NULL).tag_w) if s.access & ACCESS_WRITE else 0)
     cdef uint8_t* miss
-    table_prefix(e)                              # xor r10, [r11 + tag]
+    e1(e, 0x65)                                  # xor r10, gs:[r11 + tag]
     e3(e, 0x4D, 0x33, 0x93)
-    e32(e, table_disp(e, way + s.off))
+    e32(e, <uint32_t>(way + s.off))
     e3(e, 0x49, 0x81, 0xFA)                      # cmp r10, 4096 - width
     e32(e, 0x1000 - s.width)
     miss = jcc_fwd(e, CC_A)
-    table_prefix(e)                              # mov r10, [r11 + addend], or add r10, [r11 + hva]
+    e1(e, 0x65)                                  # mov r10, gs:[r11 + addend], or add r10, gs:[r11 + hva]
     e3(e, 0x4D, 0x8B if s.access & SHARED else 0x03, 0x93)
-    e32(e, table_disp(e, entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & SHARED else OFF(&(<TlbEntry*>NULL).hva))))
+    e32(e, <uint32_t>(entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & SHARED else OFF(&(<TlbEntry*>NULL).hva))))
     rel32_to(jmp_fwd(e), s.resume)
     rel32_to(miss, e.p)
-    table_prefix(e)
+    e1(e, 0x65)
     e3(e, 0x4D, 0x33, 0x93)
-    e32(e, table_disp(e, way + s.off))
+    e32(e, <uint32_t>(way + s.off))
 
 
 cdef void emit_stubs(T* t) noexcept nogil:
@@ -184,17 +183,17 @@ cdef void emit_stubs(T* t) noexcept nogil:
         if s.kind == K_MISS or s.kind == K_MISS_LIVE:
             if s.kind == K_MISS:
                 # xor r10, [r11 + tag]: the linear address again
-                table_prefix(&t.e)
+                e1(&t.e, 0x65)
                 e3(&t.e, 0x4D, 0x33, 0x93)
-                e32(&t.e, table_disp(&t.e, s.off))
+                e32(&t.e, <uint32_t>s.off)
                 if not s.masked:
                     _second_way(t, s)
             else:
                 # rcx = the tag; r10 += rcx; restore rcx
-                table_prefix(&t.e)
+                e1(&t.e, 0x65)
                 e2(&t.e, 0x4A, 0x8B)
                 e2(&t.e, 0x0C, 0xDD)
-                e32(&t.e, table_disp(&t.e, s.off))
+                e32(&t.e, <uint32_t>s.off)
                 lea_sib(&t.e, H_T0, H_T0, H_RCX, 0, 0, 1)
                 ld_gs(&t.e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
             over_end = NULL

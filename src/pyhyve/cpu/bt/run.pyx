@@ -166,26 +166,8 @@ cdef extern from *:
                 bt_ranges[i].cache = 0;
     }
 
-    /* Within reach of absolute and RIP-relative addresses, if there is room; else anywhere. */
-    static void *bt_low_pages(unsigned long long size) {
-        void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_32BIT, -1, 0);
-        if (p == MAP_FAILED)
-            p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        return p == MAP_FAILED ? 0 : p;
-    }
-
-    static int bt_reach(void *code, unsigned long long size, void *state, unsigned long long state_size) {
-        long long first = (char *)state - ((char *)code + size), last = (char *)state + state_size - (char *)code;
-        return first > -(1LL << 31) && last < (1LL << 31) - 1;
-    }
-
-    static int bt_low(void *state, unsigned long long size) {
-        return (unsigned long long)state + size < 1ULL << 31;
-    }
-
-    static int bt_map(unsigned long long size, void **rw, void **rx) {
-        unsigned long long at;
+    /* Code, writable and executable; behind the executable view `more` bytes of ordinary memory, within its reach. */
+    static int bt_map(unsigned long long size, unsigned long long more, void **rw, void **rx) {
         int fd = memfd_create("pyhyve-code", MFD_CLOEXEC);
         if (fd < 0)
             return errno;
@@ -195,20 +177,18 @@ cdef extern from *:
             return e;
         }
         *rw = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        *rx = MAP_FAILED;
-        for (at = 2ULL << 30; at + size < 3ULL << 30 && *rx == MAP_FAILED; at += size)
-            *rx = mmap((void *)at, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0);
-        if (*rx == MAP_FAILED)
-            *rx = mmap(NULL, size, PROT_READ | PROT_EXEC, MAP_SHARED, fd, 0);
+        *rx = mmap(NULL, size + more, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (*rx != MAP_FAILED)
+            *rx = mmap(*rx, size, PROT_READ | PROT_EXEC, MAP_SHARED | MAP_FIXED, fd, 0);
         close(fd);
         if (*rw == MAP_FAILED || *rx == MAP_FAILED)
             return errno;
         return 0;
     }
 
-    static void bt_unmap(void *rw, void *rx, unsigned long long size) {
+    static void bt_unmap(void *rw, void *rx, unsigned long long size, unsigned long long more) {
         munmap(rw, size);
-        munmap(rx, size);
+        munmap(rx, size + more);
     }
 
     static void *bt_pages(unsigned long long size) {
@@ -251,11 +231,8 @@ cdef extern from *:
     void bt_free_return_stack(uint64_t base) noexcept nogil
     int bt_register(void* cache, uint64_t lo, uint64_t hi, uint64_t base) noexcept nogil
     void bt_unregister(void* cache) noexcept nogil
-    void* bt_low_pages(uint64_t size) noexcept nogil
-    bint bt_reach(void* code, uint64_t size, void* state, uint64_t state_size) noexcept nogil
-    bint bt_low(void* state, uint64_t size) noexcept nogil
-    int bt_map(uint64_t size, void** rw, void** rx) noexcept nogil
-    void bt_unmap(void* rw, void* rx, uint64_t size) noexcept nogil
+    int bt_map(uint64_t size, uint64_t more, void** rw, void** rx) noexcept nogil
+    void bt_unmap(void* rw, void* rx, uint64_t size, uint64_t more) noexcept nogil
     void* bt_pages(uint64_t size) noexcept nogil
     void bt_free_pages(void* p, uint64_t size) noexcept nogil
     int bt_host_ok() noexcept nogil
@@ -427,20 +404,18 @@ cdef class BtVcpu:
         self.shared = shared
         self.vcpu_id = vcpu_id
         self.code_size = code_size
-        self.v = <Vcpu*>bt_low_pages(sizeof(Vcpu))
         self.c = <Cache*>calloc(1, sizeof(Cache))
-        if self.v == NULL or self.c == NULL:
+        if self.c == NULL:
             raise HostError("out of memory for a vCPU")
-        err = bt_map(code_size, &rw, &rx)
+        err = bt_map(code_size, sizeof(Vcpu), &rw, &rx)
         if err:
             raise HostError(f"cannot map {code_size >> 20} MiB of code cache: error {err} "
                             "(is memfd_create or executable memory forbidden here?)")
+        self.v = <Vcpu*>(<uint8_t*>rx + code_size)
         self.c.vcpu = self.v
         self.c.rw = <uint8_t*>rw
         self.c.rx = <uint8_t*>rx
         self.c.size = code_size
-        self.c.near = bt_reach(rx, code_size, self.v, sizeof(Vcpu))
-        self.c.low = bt_low(self.v, sizeof(Vcpu))
         self.c.pool_size = POOL
         self.c.pool = <Block*>bt_pages(POOL * sizeof(Block))
         self.c.pages_size = PAGES
@@ -485,8 +460,12 @@ cdef class BtVcpu:
             bt_unregister(self.c)
             if self.c.shared != NULL:
                 self.c.shared.inboxes[self.c.me] = NULL
-            if self.c.rw != NULL:
-                bt_unmap(self.c.rw, self.c.rx, self.code_size)
+            if self.v != NULL:
+                if self.v.cpuid != NULL:
+                    free(self.v.cpuid)
+                if self.v.ret_base:
+                    bt_free_return_stack(self.v.ret_base)
+                bt_unmap(self.c.rw, self.c.rx, self.code_size, sizeof(Vcpu))
             if self.c.pool != NULL:
                 bt_free_pages(self.c.pool, POOL * sizeof(Block))
             if self.c.pages != NULL:
@@ -496,12 +475,6 @@ cdef class BtVcpu:
             if self.c.page_hash != NULL:
                 bt_free_pages(self.c.page_hash, PAGE_HASH * sizeof(void*))
             free(self.c)
-        if self.v != NULL:
-            if self.v.cpuid != NULL:
-                free(self.v.cpuid)
-            if self.v.ret_base:
-                bt_free_return_stack(self.v.ret_base)
-            bt_free_pages(self.v, sizeof(Vcpu))
 
     def reset(self):
         """The architecture's state after RESET (Intel SDM vol 3, "Processor State After Reset")."""

@@ -20,16 +20,16 @@ cdef void _string_page(T* t, int pointer, int access, int size_log, int32_t keep
     e3(e, 0xF0, 0xDA, 0x07)
     e3(e, 0x41, 0x81, 0xE3)                      # and r11d, 0x7fe0
     e32(e, (TLB_ENTRIES - 1) * sizeof(TlbEntry))
-    table_prefix(e)                              # xor r10, [r11 + tag]
+    e1(e, 0x65)                                  # xor r10, gs:[r11 + tag]
     e3(e, 0x4D, 0x33, 0x93)
-    e32(e, table_disp(e, table + (OFF(&(<TlbEntry*>NULL).tag_w) if access == ACCESS_WRITE else 0)))
+    e32(e, <uint32_t>(table + (OFF(&(<TlbEntry*>NULL).tag_w) if access == ACCESS_WRITE else 0)))
     e3(e, 0x49, 0x81, 0xFA)                      # cmp r10, 4095
     e32(e, 0xFFF)
     sites[n[0]] = jcc_fwd(e, CC_A)
     n[0] += 1
-    table_prefix(e)                              # mov r11, [r11 + hva]
+    e1(e, 0x65)                                  # mov r11, gs:[r11 + hva]
     e3(e, 0x4D, 0x8B, 0x9B)
-    e32(e, table_disp(e, table + OFF(&(<TlbEntry*>NULL).hva)))
+    e32(e, <uint32_t>(table + OFF(&(<TlbEntry*>NULL).hva)))
     st_gs(e, H_T1, keep)
     lea_sib(e, H_T1, H_T0, H_RCX, size_log, 0, 1)
     e3(e, 0x49, 0x81, 0xFB)                      # cmp r11, 4096
@@ -62,15 +62,13 @@ cdef bint emit_string(T* t, int n) noexcept nogil:
     if live and rep:
         flags_save(t)
     if rep or not live:
-        state_prefix(e)                          # cmp byte [dflag], 0
-        e1(e, 0x80)
+        e1(e, 0x80)                              # cmp byte [dflag], 0
         state_operand(e, 7, OFF(&(<Vcpu*>NULL).dflag), 1)
         e1(e, 0)
         sites[n_sites] = jcc_fwd(e, CC_NE)
     else:
         mov_rr(e, H_T1, H_RCX)
-        state_prefix(e)                          # movzx ecx, byte [dflag]
-        e2(e, 0x0F, 0xB6)
+        e2(e, 0x0F, 0xB6)                        # movzx ecx, byte [dflag]
         state_operand(e, H_RCX, OFF(&(<Vcpu*>NULL).dflag), 0)
         e2(e, 0xE3, 8)                           # jrcxz over the next two
         mov_rr(e, H_RCX, H_T1)

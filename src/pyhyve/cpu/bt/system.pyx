@@ -27,8 +27,7 @@ cdef bint emit_system(T* t, int n) noexcept nogil:
             # STI: the block ends behind the next instruction (a run of pops counts as one), and whatever it goes to
             # polls, so that a wanted interrupt window is seen
             st_gs_imm8(e, OFF(&(<Vcpu*>NULL).iflag), 1)
-            state_prefix(e)                      # movzx r11d, byte [window]
-            e3(e, 0x44, 0x0F, 0xB6)
+            e3(e, 0x44, 0x0F, 0xB6)              # movzx r11d, byte [window]
             state_operand(e, H_T1, OFF(&(<Vcpu*>NULL).window), 0)
             op_gs(e, 0x88, H_T1, o_poll() + 6, 0)
             t.next_poll = n + 1

@@ -89,10 +89,10 @@ cdef void ibt_r10(Emit* e, int bank) noexcept nogil:
     e3(e, 0x0F, 0x38, 0xF1)
     e1(e, 0xDA)
     pext_gs(e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
-    table_prefix(e)                              # jmp [r11 * 8 + table]
+    e1(e, 0x65)                                  # jmp gs:[r11 * 8 + table]
     e2(e, 0x42, 0xFF)
     e2(e, 0x24, 0xDD)
-    e32(e, table_disp(e, o_ibt() + bank * IBT_ENTRIES * 8))
+    e32(e, <uint32_t>(o_ibt() + bank * IBT_ENTRIES * 8))
 
 
 cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
@@ -103,8 +103,6 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss
     e.p = c.rw
     e.delta = c.rx - c.rw
     e.state = <uint64_t>c.vcpu
-    e.near = c.near
-    e.low = c.low
     # enter(vcpu: rdi, host code: rsi): a C function
     c.enter = e.p + e.delta
     e1(&e, 0x53)                                 # push rbx

@@ -14,9 +14,9 @@ clear. A memory operand becomes:
 
     lea   r10, [EA]                       the linear address
     rorx  r11d, r10d, 7; and r11d, 0x7fe0       the TLB entry's offset
-    xor   r10, [r11 + tag]                on a hit: the offset in the page
+    xor   r10, gs:[r11 + tag]             on a hit: the offset in the page
     cmp   r10, 4096 - width; ja miss      wrong page, no permission, or over the page's end
-    add   r10, [r11 + hva]                the host address
+    add   r10, gs:[r11 + hva]             the host address
 
 That destroys flags. Where the guest's flags are still needed (liveness says so: about one access in four), a longer
 sequence does the same by LEA, NOT, PEXT and JRCXZ, which leave flags alone.
@@ -96,8 +96,7 @@ cdef void _entries(T* t) noexcept nogil:
     mov_rr(e, H_RCX, H_T1)
     b.entry_poll = e.p + e.delta
     if not t.live[0]:
-        state_prefix(e)                          # cmp qword [poll], 0
-        e2(e, 0x48, 0x83)
+        e2(e, 0x48, 0x83)                        # cmp qword [poll], 0
         state_operand(e, 7, o_poll(), 1)
         e1(e, 0)
         s = new_stub(t, K_POLL, jcc_fwd(e, CC_NE))
@@ -214,8 +213,6 @@ cdef Block* translate(Cache* c, uint64_t rip, const uint8_t* code, int avail, ui
     t.e.p = c.at
     t.e.delta = c.rx - c.rw
     t.e.state = <uint64_t>v
-    t.e.near = c.near
-    t.e.low = c.low
     find_liveness(&t)
     find_accesses(&t)
     _entries(&t)
