@@ -137,7 +137,9 @@ class Runner:
         insn = Decoder(64, code).decode()
         mnemonic = MNEMONICS[insn.mnemonic]
         if is_hint(code) and insn.encoding == EncodingKind.LEGACY:
-            return False
+            # PREFETCHW of a register is undefined on AMD's processors, and nothing on Intel's
+            at = code.index(b"\x0f")
+            return not self.policy.intel and code[at + 1] == 0x0D and code[at + 2] >= 0xC0
         if mnemonic in ("VMCALL", "VMMCALL"):
             return mnemonic != ("VMCALL" if self.policy.intel else "VMMCALL")
         if mnemonic in UNDEFINED:
