@@ -314,7 +314,7 @@ cdef bint _operand(Seq* s, Settings* f, Rng* r, uint8_t* code, Insn* i, uint64_t
     if s.known & _bit(b):
         ea = (s.value[b] + idx + <uint64_t>i.disp) & amask
         if _near_data(ea + base):
-            where[0] = ea + base
+            where[0] = ea + base if f.mode == 64 else (ea + base) & <uint64_t>0xFFFFFFFFULL
             return True
         if dsize >= 2:
             ea = want - s.value[b] - idx
@@ -533,13 +533,13 @@ cdef void make_seq(Seq* s, Settings* f, Rng* r, uint64_t at) noexcept nogil:
     s.init[RSP] = FUZZ_DATA + 0xC000 - f.seg_base[SEG_SS] if f.mode != 64 else FUZZ_DATA + 0xC000
     length = <int>rng_below(r, 10)
     if length < 6:
-        s.init[RSP] += 8 * rng_below(r, 256) - 1024
+        s.init[RSP] += 8 * <uint64_t>rng_below(r, 256) - 1024
     elif length < 8:
-        s.init[RSP] += rng_below(r, 256) - 128
+        s.init[RSP] += <uint64_t>rng_below(r, 256) - 128
     elif length == 8:
-        s.init[RSP] += 0x1000 - rng_below(r, 32) if f.faults else 0
+        s.init[RSP] += 0x1000 - <uint64_t>rng_below(r, 32) if f.faults else 0
     else:
-        s.init[RSP] += rng_below(r, 32) - 0x1000 if f.faults else 0
+        s.init[RSP] += <uint64_t>rng_below(r, 32) - 0x1000 if f.faults else 0
     s.value[RSP] = s.init[RSP]
     while made < want and _room(s) and tries < 400:
         tries += 1

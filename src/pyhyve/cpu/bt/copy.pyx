@@ -90,6 +90,17 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
         if (i.attr & A_REG_8 and 4 <= reg <= 7) or (i.attr & A_RM_8 and 4 <= rm <= 7 and (i.mod == 3 or i.attr & A_OPREG)):
             high8 = 1
 
+    if t.size != 64 and i.enc == ENC_VEX and i.map == 1 and opcode == 0x77:
+        # VZEROUPPER, VZEROALL: of XMM0-7 alone. vmovaps xmmN, xmmN; vxorps xmmN, xmmN, xmmN
+        for k in range(8):
+            if i.evex_p[1 if i.bytes[i.opcode_off - 2] != 0xC5 else 0] & 4:
+                e2(e, 0xC5, 0xF8 - (k << 3))
+                e2(e, 0x57, 0xC0 | k * 9)
+            else:
+                e2(e, 0xC5, 0xF8)
+                e2(e, 0x28, 0xC0 | k * 9)
+        return
+
     # 1. the memory operand's host address in r10
     if mem:
         if i.attr & A_BITOFF:
@@ -204,6 +215,8 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
             emit66 = i.opsize == 2
             if t.size == 64:
                 emit66 = i.prefixes & P_66
+            elif i.map == 2 and i.prefixes & P_F2:
+                emit66 = (i.prefixes & P_66 != 0) == (t.size == 32)     # CRC32: the size of its source
         if emit66:
             e1(e, 0x66)
         if i.prefixes & P_F2:
@@ -265,6 +278,8 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
     if not (i.attr & A_MOFFS):
         for k in range(i.imm_size):
             e1(e, i.bytes[i.imm_off + k])
+        if t.size != 64 and i.enc == ENC_VEX and i.map == 3 and 0x4A <= opcode <= 0x4C:
+            (e.p - 1)[0] &= 0x7F                 # the fourth register's high bit counts in 64-bit code alone
 
     # 4. registers that live in memory go back
     if rdi_for_rsp:

@@ -394,9 +394,8 @@ cdef int arpl(Vcpu* v, Insn* i) noexcept nogil:
         return r
     lower = value & 3 < v.gpr[i.reg] & 3
     if lower:
-        value = (value & 0xFFFC) | (v.gpr[i.reg] & 3)
-    r = write_rm(v, i, 2, value)
-    if r != R_OK:
-        return r
+        r = write_rm(v, i, 2, (value & 0xFFFC) | (v.gpr[i.reg] & 3))
+        if r != R_OK:
+            return r
     set_zf(v, lower)
     return advance(v, i)
