@@ -198,14 +198,20 @@ class Machine:
             return
         self.entered = setup
         self.bits = chosen.bits
-        self.vcpu.set_segment("cs", Segment(UCODE64, 0, 0xFFFFFFFF, 0xA0FB))
+        flat = Segment(UDATA, 0, 0xFFFFFFFF, 0xC0F3)
+        null = Segment(0, 0, 0, 0x10000)
+        code = UCODE64 if chosen.bits == 64 else UCODE32
+        self.vcpu.set_segment("cs", Segment(code, 0, 0xFFFFFFFF, 0xA0FB if chosen.bits == 64 else 0xC0FB))
         for name in ("ss", "ds", "es"):
-            self.vcpu.set_segment(name, Segment(UDATA, 0, 0xFFFFFFFF, 0xC0F3))
+            self.vcpu.set_segment(name, flat)
         for name in ("fs", "gs"):
-            self.vcpu.set_segment(name, Segment(0, 0, 0, 0x10000))
-        fs, gs = _fuzz.DATA + 0x1230, (_fuzz.DATA - 0x7FFF_F000) % (1 << 64)
+            self.vcpu.set_segment(name, null if chosen.bits == 64 else flat)
+        other = 0 if chosen.bits == 64 else UDATA
+        width = 1 << (64 if chosen.bits == 64 else 32)
+        fs, gs = _fuzz.DATA + 0x1230, (_fuzz.DATA - 0x7FFF_F000) % width
+        bases = (0,) * 6 if chosen.bits == 64 else (0, 0, 0, 0, fs, gs)
         self.fuzzer.configure(
-            chosen.bits, (UDATA, UCODE64, UDATA, UDATA, 0, 0), UCODE64, chosen.code_base, (0,) * 6, fs, gs,
+            chosen.bits, (UDATA, code, UDATA, UDATA, other, other), code, chosen.code_base, bases, fs, gs,
             undefined=undefined.table(chosen.bits), faults=chosen.faults, invalid=chosen.invalid,
             evex=bool(self.xcr0 & 0xE0),
         )  # fmt: skip
@@ -213,6 +219,8 @@ class Machine:
     SETUPS: ClassVar[Mapping[str, Setup]] = {
         "64": Setup(64, faults=0, invalid=0),
         "64-faults": Setup(64, faults=8, invalid=20),
+        "32": Setup(32, faults=0, invalid=0),
+        "32-faults": Setup(32, faults=8, invalid=20),
     }
 
 
