@@ -116,7 +116,7 @@ def pyhyve_command(test: Test, environment: Path) -> list[str]:
     command += ["-l", "pc-testdev", "-l", "fwcfg,qemu"]
     for feature in test.hidden:
         command += ["--cpu-feature", f"{feature}=off"]
-    return [*command, "--append", test.arguments]
+    return [*command, f"--append={test.arguments}"]
 
 
 def run(command: Sequence[str], timeout: float) -> Result:

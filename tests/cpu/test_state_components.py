@@ -85,11 +85,14 @@ def test_avx512_state_begins_empty(avx512: None) -> None:
     assert outcome.memory[AREA] == bytes(96)
 
 
-def test_evex_is_not_valid_in_virtual_8086_or_real_mode(avx512: None) -> None:
-    code = "mov eax, cr4; or eax, 0x40000; mov cr4, eax; xor ecx, ecx; xor edx, edx; mov eax, 0xe7; xsetbv;"
+@pytest.mark.parametrize(
+    "code", ["0x62, 0xf1, 0x75, 0x48, 0xfe, 0xc2", "0xc5, 0xf5, 0xfe, 0xc2", "0xc4, 0xe2, 0x70, 0xf2, 0xc2"]
+)
+def test_vex_and_evex_are_not_valid_in_real_mode(avx512: None, code: str) -> None:
+    enabling = "mov eax, cr4; or eax, 0x40000; mov cr4, eax; xor ecx, ecx; xor edx, edx; mov eax, 0xe7; xsetbv;"
     outcome = run_asm(
         "bt",
-        code + ".byte 0x62, 0xf1, 0x75, 0x48, 0xfe, 0xc2",
+        f"{enabling} .byte {code}",
         mode="real16",
         setup=lambda machine: machine.vcpu.set_cpuid(offered()),
     )

@@ -730,3 +730,32 @@ def test_random_msr_accesses_end_in_a_typed_outcome(guest: Run) -> None:
         seconds=20,
     )
     assert ran.kind in GUEST_ENDS, ran.outcome
+
+
+def test_without_a20_the_second_megabyte_is_the_first(guest: Run) -> None:
+    """The loader's tables map linear addresses onto themselves."""
+    ran = guest("""
+        mov ebx, 0x50000
+        mov ecx, 0x150000
+        mov dword ptr [rbx], 0x111
+        mov dword ptr [rcx], 0x222
+        mov al, 0
+        out 0x92, al
+        mov eax, [rcx]
+        call print
+        mov dword ptr [rcx], 0x333
+        mov eax, [rbx]
+        call print
+        in al, 0x92
+        movzx eax, al
+        call print
+        mov al, 2
+        out 0x92, al
+        mov eax, [rcx]
+        call print
+        mov eax, [rbx]
+        call print
+        jmp end
+    """)
+    assert ran.kind is OutcomeKind.POWERED_OFF
+    assert ran.numbers == [0x111, 0x333, 0, 0x222, 0x333]

@@ -37,6 +37,7 @@ from pyhyve.bhyve.pci.device import BarKind
 from pyhyve.bhyve.pci.hostbridge import HostBridge
 from pyhyve.cpu import select
 from pyhyve.cpu.processor import Segment
+from pyhyve.vmm.cpuid import NOTE_HARDWARE
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vatpit import Vatpit
 from pyhyve.vmm.io.vhpet import Vhpet
@@ -183,8 +184,20 @@ class Machine:
         keyboard = I8042(self._reset)
         vm.ports.attach(layout.KBC_DATA_PORT, 1, keyboard.data)
         vm.ports.attach(layout.KBC_STATUS_PORT, 1, keyboard.command)
-        vm.ports.attach(layout.FAST_A20_PORT, 1, SystemControl(self._reset))
+        vm.ports.attach(layout.FAST_A20_PORT, 1, SystemControl(self._reset, None if self._hardware else self._gate_a20))
         vm.ports.attach(layout.POST_PORT, 1, PostCode())
+
+    @property
+    def _hardware(self) -> bool:
+        """Does the processor have its own view of memory, which does not change?"""
+        return NOTE_HARDWARE in self.vm.capabilities.notes
+
+    def _gate_a20(self, through: bool) -> None:
+        """Without address line 20, the second megabyte is the first one again; that is what wraps at 1 MiB."""
+        if through:
+            self.vm.memory.unalias(layout.MIB)
+        else:
+            self.vm.memory.alias(layout.MIB, 0, layout.MIB)
 
     def _reset(self) -> None:
         self.vm.suspend(Suspend.RESET)

@@ -3,6 +3,7 @@
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 from pyhyve.cpu.processor import Capabilities
@@ -74,6 +75,7 @@ class Vmspace:
         self._lock = threading.RLock()
         self._objects: list[VmObject] = []
         self._cookies = itertools.count(1)
+        self._aliased: dict[int, MapEntry] = {}
         self._closed = False
 
     # The map.
@@ -109,6 +111,34 @@ class Vmspace:
             for target in self._objects:
                 if id(target) in dropped:
                     target.discard()
+
+    def alias(self, gpa: int, source: int, size: int) -> None:
+        """Show at gpa what stands at `source`, until `unalias`; each range lies in one entry of the map.
+
+        A vCPU now in the guest may go on using what stood there until it is kicked out.
+        """
+        with self._lock:
+            there, here = self.map.lookup(source), self.map.lookup(gpa)
+            if (
+                gpa in self._aliased
+                or there is None
+                or here is None
+                or max(source + size - there.end, gpa + size - here.end) > 0
+            ):
+                raise ValueError(f"vmspace: no {size:#x} bytes at {source:#x} to show at {gpa:#x}")
+            self._aliased[gpa] = here.clip(gpa, gpa + size)
+            shown = there.clip(source, source + size)
+            self._replace(replace(shown, start=gpa, end=gpa + size))
+
+    def unalias(self, gpa: int) -> None:
+        """Show again what `alias` has hidden."""
+        with self._lock:
+            self._replace(self._aliased.pop(gpa))
+
+    def _replace(self, entry: MapEntry) -> None:
+        self.pmap.remove(entry.start, entry.end - entry.start)
+        self.map.delete(entry.start, entry.end)
+        self.map.insert(entry)
 
     def protect(self, gpa: int, size: int, prot: int) -> None:
         """Set the protection of the memory in a range. ValueError without PROT_READ."""

@@ -41,6 +41,16 @@ def test_port_92_resets_when_its_bit_rises_and_keeps_a20_open(wire: Wire) -> Non
     assert wire.resets == 1
 
 
+def test_port_92_gates_a20(wire: Wire) -> None:
+    lines: list[bool] = []
+    control = SystemControl(wire.pull, lines.append)
+    for value in (A20, 0, 0, A20, 1, A20 | 1):
+        control.write(0, 1, value)
+    assert lines == [False, True, False, True]
+    assert control.read(0, 1) == A20
+    assert wire.resets == 2
+
+
 @pytest.mark.parametrize(("command", "resets"), [(0xFE, 1), (0xF0, 1), (0xFF, 0), (0xFD, 0), (0xAA, 0), (0x20, 0)])
 def test_keyboard_controller_pulses_reset(wire: Wire, command: int, resets: int) -> None:
     I8042(wire.pull).command.write(0, 1, command)

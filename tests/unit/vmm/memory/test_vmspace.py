@@ -406,3 +406,21 @@ def test_any_sequence_of_changes_keeps_map_and_tables_true(capabilities, steps):
             assert entry is None or entry.prot == model[page][1]
     space.close()
     target.close()
+
+
+def test_an_alias_shows_other_memory_until_it_is_taken_away(space):
+    space.write(0x1000, b"first")
+    space.write(MiB + 0x1000, b"second")
+    generation = space.pmap.eptgen
+    assert space.fault(MiB + 0x1000, PROT_READ)
+    space.alias(MiB, 0, MiB)
+    assert space.read(MiB + 0x1000, 5) == b"first"
+    assert space.pmap.eptgen != generation, "the processors must look again"
+    space.write(MiB + 0x1000, b"other")
+    with pytest.raises(ValueError, match="no 0x100000 bytes"):
+        space.alias(MiB, 0, MiB)
+    space.unalias(MiB)
+    assert space.read(MiB + 0x1000, 6) == b"second"
+    assert space.read(0x1000, 5) == b"other"
+    with pytest.raises(ValueError, match="no 0x100000 bytes"):
+        space.alias(MiB, 64 * MiB, MiB)
