@@ -18,6 +18,7 @@ cdef enum:
     MODE_CPL = 3            # bits 0-1
     MODE_SIZE_SHIFT = 2     # bits 2-3: 0 = 16-bit, 1 = 32-bit, 2 = 64-bit code
     MODE_SIZE = 12
+    MODE_REAL = 16          # real and virtual-8086 mode: VEX and EVEX are undefined
     MODE_AC = 32            # supervisor with RFLAGS.AC
     MODE_NOFP = 64          # CR0.TS or CR0.EM: x87 and vector instructions fault
     MODE_AVX512 = 128       # CR4.OSXSAVE and XCR0's AVX-512 bits: EVEX and opmask instructions are defined

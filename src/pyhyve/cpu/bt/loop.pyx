@@ -30,6 +30,8 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
     else:
         if attr & 0x4000:
             mode |= 1 << MODE_SIZE_SHIFT
+        if not v.cr0 & 1 or v.sysflags & F_VM:
+            mode |= MODE_REAL
         mode |= (v.seg[SEG_CS].base & <uint64_t>0xFFFFFFFF) << MODE_CSBASE_SHIFT | segments_mode(v)
     if v.acflag:
         if v.cpl != 3:
@@ -38,7 +40,7 @@ cdef inline uint64_t compute_mode(Vcpu* v) noexcept nogil:
             mode |= <uint64_t>1 << MODE_ALIGN_SHIFT
     if v.cr0 & 0xC:
         mode |= MODE_NOFP
-    if v.cr4 & (1 << 18) and v.xcr0 & 4 and v.cr0 & 1 and not v.sysflags & F_VM:
+    if v.cr4 & (1 << 18) and v.xcr0 & 4:
         mode |= MODE_AVX
         if v.xcr0 & 0xE0:
             mode |= MODE_AVX512

@@ -32,8 +32,8 @@ instructions), exits (the cold part), thunks (what the cold part calls).
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport (
-    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_SINGLE, MODE_SIZE, MODE_SIZE_SHIFT,
-    MODE_SLOW,
+    MODE_AC, MODE_AVX, MODE_AVX512, MODE_CPL, MODE_CSBASE_SHIFT, MODE_NOFP, MODE_REAL, MODE_SINGLE, MODE_SIZE,
+    MODE_SIZE_SHIFT, MODE_SLOW,
     Block, Cache,
     block_new, cache_room, ibt_hash,
 )
@@ -66,6 +66,8 @@ cdef bint undefined_here(Vcpu* v, Insn* i, uint64_t mode) noexcept nogil:
             return True
         i.prefixes &= ~<uint8_t>P_F3             # LZCNT and TZCNT are BSR and BSF there
     if i.feature & V_LENGTH and not v.features >> FT_AVX512VL & 1:
+        return True
+    if mode & MODE_REAL and i.enc != ENC_LEGACY:
         return True
     if i.enc == ENC_EVEX or is_opmask(i):
         return not mode & MODE_AVX512
