@@ -325,6 +325,37 @@ def test_a_return_address_may_be_changed(run: Runner) -> None:
     assert out["rax"] == 2
 
 
+def test_a_return_to_another_place_keeps_flags(run: Runner) -> None:
+    """The code behind the CALL would overwrite them."""
+    outcome = ended(
+        run("""
+            mov ebx, 3
+            1: call 2f
+            cmp eax, eax
+            jmp 4f
+            2: lea rax, [rip + 3f]
+            mov [rsp], rax
+            xor ecx, ecx
+            cmp ecx, 1
+            ret
+            3: setc dl
+            sete dh
+            4: dec ebx
+            jnz 1b
+        """)
+    )
+    assert outcome.regs["rdx"] & 0xFFFF == 1
+
+
+@pytest.mark.parametrize("depth", [100, 20_000])
+def test_more_calls_than_returns(run: Runner, depth: int) -> None:
+    """20,000 are more than the software processor's stack of returns holds."""
+    outcome = ended(
+        run(f"mov ecx, {depth}; 1: call 2f; 2: pop rax; dec ecx; jnz 1b; call 3f; jmp 4f; 3: mov eax, 7; ret; 4:")
+    )
+    assert outcome.regs["rax"] == 7
+
+
 def test_deep_recursion_returns(run: Runner) -> None:
     out = ended(run("mov ecx, 200; call 1f; jmp 2f; 1: dec ecx; jz 3f; call 1b; inc rax; 3: ret; 2:"))
     assert (out["rax"], out["rsp"]) == (199, STACK)

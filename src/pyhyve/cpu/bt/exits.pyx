@@ -7,7 +7,6 @@ from pyhyve.cpu.bt.codecache cimport ibt_hash
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.state cimport ACCESS_WRITE, IBT_ENTRIES, WAY_ENTRIES, TlbEntry, Vcpu
-from pyhyve.cpu.bt.liveness cimport live_at
 from pyhyve.cpu.bt.thunks cimport GROUP, SHARED, ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
 
@@ -46,28 +45,19 @@ cdef void go(T* t, uint64_t target, int poll) noexcept nogil:
 
 
 cdef void _pad(T* t, uint64_t next_rip) noexcept nogil:
-    """Behind a CALL, where the host's RET comes back to: on to the block at `next_rip`, if r10 says that."""
+    """Behind a CALL, where the host's RET comes back to: on to the block at `next_rip`, if r10 says that. Flags are
+    kept: who returns to another place may need them."""
     cdef Emit* e = &t.e
-    cdef int32_t off = <int32_t>(t.c.ret_wrong[t.bank] - t.c.rx)
-    if not live_at(t, next_rip):
-        if fits32(next_rip):
-            e3(e, 0x49, 0x81, 0xFA)              # cmp r10, imm32
-            e32(e, <uint32_t>next_rip)
-        else:
-            mov_imm(e, H_T1, next_rip)
-            e3(e, 0x4D, 0x39, 0xDA)              # cmp r10, r11
-        rel32_to(jcc_fwd(e, CC_NE), t.c.rw + off)
+    mov_rr(e, H_T1, H_RCX)
+    if fits32(0 - next_rip):
+        lea_rd(e, H_RCX, H_T0, <int32_t>(0 - next_rip), 1)
     else:
-        mov_rr(e, H_T1, H_RCX)
-        if fits32(0 - next_rip):
-            lea_rd(e, H_RCX, H_T0, <int32_t>(0 - next_rip), 1)
-        else:
-            mov_imm(e, H_RCX, 0 - next_rip)
-            lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
-        e2(e, 0xE3, 8)                           # jrcxz over the next two
-        mov_rr(e, H_RCX, H_T1)
-        jmp_rx(e, t.c.ret_wrong[t.bank])
-        mov_rr(e, H_RCX, H_T1)
+        mov_imm(e, H_RCX, 0 - next_rip)
+        lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
+    e2(e, 0xE3, 8)                               # jrcxz over the next two
+    mov_rr(e, H_RCX, H_T1)
+    jmp_rx(e, t.c.ret_wrong[t.bank])
+    mov_rr(e, H_RCX, H_T1)
     go(t, next_rip, 1)
 
 

@@ -48,10 +48,6 @@ cdef int _live_at(T* t, uint64_t rip, int depth) noexcept nogil:
     return live | todo
 
 
-cdef int live_at(T* t, uint64_t rip) noexcept nogil:
-    return _live_at(t, rip, 1) if t.size == 64 and not t.slow else FL_ALL
-
-
 cdef void find_liveness(T* t) noexcept nogil:
     cdef int n = t.n
     cdef int live
