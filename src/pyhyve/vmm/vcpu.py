@@ -63,6 +63,11 @@ class Pmap(Protocol):
     """Where the nested page tables are, and how new; it is told when a vCPU uses them."""
 
     @property
+    def injected(self) -> int:
+        """How many external interrupts the guest took."""
+        return sum(self.delivered)
+
+    @property
     def eptp(self) -> int: ...
 
     def activate(self, vcpu: int) -> int: ...
@@ -107,7 +112,9 @@ class Vcpu:
         """Halted with interrupts off: only an NMI, an INIT or a reset gets it out."""
         self.ept_generation = -1
         self.exits: list[int] = [0] * 257
-        self.injected = 0
+        self.delivered: list[int] = [0] * 256
+        """How many external interrupts the guest took, by vector."""
+        self.nmis_delivered = 0
         self.guest_ns = 0
         self.handler_ns = 0
         self.native_id = 0
@@ -184,6 +191,11 @@ class Vcpu:
         self.sleeping = False
 
     @property
+    def injected(self) -> int:
+        """How many external interrupts the guest took."""
+        return sum(self.delivered)
+
+    @property
     def eptp(self) -> int:
         return self._pmap.eptp
 
@@ -236,7 +248,7 @@ class Vcpu:
             if backend.interruptible():
                 vlapic.acknowledge(vector)
                 backend.inject(vector, INJECT_EXTERNAL)
-                self.injected += 1
+                self.delivered[vector] += 1
                 self.state = RUNNING
                 wanted = vlapic.pending_vector() is not None
             else:
@@ -246,7 +258,7 @@ class Vcpu:
                 vector = vlapic.acknowledge_extint()
                 if vector is not None:
                     backend.inject(vector, INJECT_EXTERNAL)
-                    self.injected += 1
+                    self.delivered[vector] += 1
                     self.state = RUNNING
             else:
                 wanted = True
@@ -313,6 +325,7 @@ class Vcpu:
             self.dead = False
             self.state = RUNNING
             self.backend.inject(2, INJECT_NMI)
+            self.nmis_delivered += 1
         else:
             self._nmis = 1
         if self._nmis and not self._nmi_window:

@@ -57,11 +57,14 @@ class ApicBusV1:
 class ApicBus:
     """All local APICs of a VM, by id. An `MsiSink`.
 
-    dropped: MSIs that were no interrupt message. undelivered: interrupts that no local APIC accepted.
+    dropped: MSIs that were no interrupt message; last_dropped: (address, data) of the last one. undelivered: interrupts
+    that no local APIC accepted; last_undelivered: (destination, logical, delivery mode, vector) of the last one.
     extint: the INTA cycle: asks the 8259 pair for a vector; None where there is no 8259.
     """
 
-    __slots__ = ("_by_id", "_ioapics", "_vlapics", "dropped", "extint", "undelivered")
+    __slots__ = (
+        "_by_id", "_ioapics", "_vlapics", "dropped", "extint", "last_dropped", "last_undelivered", "undelivered",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self._vlapics: tuple[LocalApic, ...] = ()
@@ -69,6 +72,8 @@ class ApicBus:
         self._ioapics: tuple[EoiListener, ...] = ()
         self.dropped = 0
         self.undelivered = 0
+        self.last_dropped: tuple[int, int] | None = None
+        self.last_undelivered: tuple[int, bool, int, int] | None = None
         self.extint: Callable[[], int] | None = None
 
     def attach(self, vlapic: LocalApic) -> None:
@@ -87,6 +92,7 @@ class ApicBus:
         message = decode_msi(addr, data)
         if message is None:
             self.dropped += 1
+            self.last_dropped = (addr, data)
         elif message.asserted:
             self.deliver(message.dest, message.logical, message.mode, message.vector, message.level)
 
@@ -98,14 +104,7 @@ class ApicBus:
         `x2apic`: `dest` has the sender's 32-bit format (an ICR in x2APIC mode), else 8 bits. Every receiver reads a
         logical destination by its own mode: flat, cluster or x2APIC.
         """
-        targets: tuple[LocalApic, ...]
-        if dest == (BROADCAST_X2APIC if x2apic else BROADCAST):
-            targets = self._vlapics
-        elif logical:
-            targets = tuple(vlapic for vlapic in self._vlapics if vlapic.accepts_logical(dest))
-        else:
-            vlapic = self._by_id.get(dest)
-            targets = () if vlapic is None else (vlapic,)
+        targets = self.targets(dest, logical, x2apic)
         if mode == LOWEST_PRIORITY and len(targets) > 1:
             targets = self._lowest_priority(targets, vector)
         accepted = 0
@@ -113,7 +112,17 @@ class ApicBus:
             accepted += target.receive(mode, vector, level_trigger)
         if not accepted:
             self.undelivered += 1
+            self.last_undelivered = (dest, logical, mode, vector)
         return accepted
+
+    def targets(self, dest: int, logical: bool, x2apic: bool = False) -> tuple[LocalApic, ...]:
+        """Every local APIC that `dest` names, as `deliver` reads it."""
+        if dest == (BROADCAST_X2APIC if x2apic else BROADCAST):
+            return self._vlapics
+        if logical:
+            return tuple(vlapic for vlapic in self._vlapics if vlapic.accepts_logical(dest))
+        vlapic = self._by_id.get(dest)
+        return () if vlapic is None else (vlapic,)
 
     def deliver_all(self, mode: int, vector: int, exclude: LocalApic | None) -> None:
         """The ICR's shorthands "all including self" and, with `exclude`, "all excluding self"."""

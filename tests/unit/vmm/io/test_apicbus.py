@@ -125,3 +125,15 @@ def test_counters_survive_save_and_restore(board):
     board.bus.send_msi(0, 0)
     board.bus.restore(state)
     assert board.bus.dropped == 1
+
+
+def test_the_last_bad_message_is_kept(board):
+    board.bus.send_msi(0xFED0_0000, 0x31)
+    board.bus.send_msi(0x1234_5678, 0x42)
+    assert board.bus.dropped == 2
+    assert board.bus.last_dropped == (0x1234_5678, 0x42)
+
+
+def test_the_last_interrupt_for_nobody_is_kept(board, cpu):
+    assert board.bus.deliver(0x77, False, FIXED, 0x31, False) == 0
+    assert board.bus.last_undelivered == (0x77, False, FIXED, 0x31)
