@@ -257,7 +257,7 @@ def test_runtime_directory_that_will_not_do_is_one_line(command: CommandLine, ke
     process = command.start("run", "--kernel", kernel, environment={"XDG_RUNTIME_DIR": str(runtime)})
     ended = command.finish(process)
     assert ended.status == 2
-    assert "XDG_RUNTIME_DIR" in ended.complaint
+    assert "PYHYVE_RUN_DIR" in ended.complaint
 
 
 def test_closed_output_of_help_is_no_traceback(command: CommandLine) -> None:

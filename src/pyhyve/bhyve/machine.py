@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pyhyve.base.errors import UsageError
+from pyhyve.base.names import NameLock, own_name
 from pyhyve.base.protocols import IoHandler, IrqPin
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import build_acpi
@@ -30,7 +31,6 @@ from pyhyve.bhyve.lpc.pm import PM1_LENGTH, PowerManagement
 from pyhyve.bhyve.lpc.port92 import SystemControl
 from pyhyve.bhyve.lpc.post import PostCode
 from pyhyve.bhyve.lpc.reset import ResetControl
-from pyhyve.bhyve.names import NameLock, own_name
 from pyhyve.bhyve.outcome import ConsoleWatch, Outcome, OutcomeKind, classify
 from pyhyve.bhyve.pci.bus import ConfigPorts, Ecam, PciBus
 from pyhyve.bhyve.pci.device import BarKind

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from pyhyve.base.parser import Namespace, Parser
 from pyhyve.bhyve.lpc.options import LPC_DEVICES
-from pyhyve.cli.parser import Namespace, Parser
 from pyhyve.vmm.cpufeatures import FEATURES
 
 SUMMARY: Final = "Print a completion script: pyhyve completion bash > ~/.local/share/bash-completion/completions/pyhyve"

@@ -3,7 +3,7 @@
 import sys
 from typing import Final
 
-from pyhyve.cli.parser import Namespace, Parser
+from pyhyve.base.parser import Namespace, Parser
 from pyhyve.cli.run import seconds
 
 SUMMARY: Final = (

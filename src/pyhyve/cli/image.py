@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Final
 
-from pyhyve.cli.parser import Namespace, Parser
+from pyhyve.base.parser import Namespace, Parser
 
 if TYPE_CHECKING:
     from pyhyve.bhyve.boot import guestimage

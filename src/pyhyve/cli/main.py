@@ -11,8 +11,8 @@ from typing import Final, Protocol, cast
 
 from pyhyve import __version__
 from pyhyve.base.errors import PyhyveError, UsageError
-from pyhyve.cli.output import say, silence
-from pyhyve.cli.parser import Namespace, Parser, did_you_mean
+from pyhyve.base.output import say, silence
+from pyhyve.base.parser import Namespace, Parser, did_you_mean
 
 USER_ERROR: Final = 2
 INTERRUPTED: Final = 130

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from pyhyve.base.errors import UsageError
-from pyhyve.cli.parser import Namespace, Parser
+from pyhyve.base.parser import Namespace, Parser
 
 SUMMARY: Final = "Boot a kernel in a virtual machine."
 

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
+from pyhyve.base.output import say
 from pyhyve.bhyve.config import MachineConfig
 from pyhyve.bhyve.console import Console, Quit
 from pyhyve.bhyve.console.stdio import StdioConsole
 from pyhyve.bhyve.machine import Machine
 from pyhyve.bhyve.outcome import Outcome, OutcomeKind
-from pyhyve.cli.output import say
 
 _QUIT_STATUS: Final = {Quit.KEY: 0, Quit.CLOSED: 129, Quit.TERMINATED: 143}
 

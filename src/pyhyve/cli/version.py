@@ -3,7 +3,7 @@
 from typing import Final
 
 from pyhyve import __version__
-from pyhyve.cli.parser import Namespace, Parser
+from pyhyve.base.parser import Namespace, Parser
 
 SUMMARY: Final = "Print the version and which processors work here."
 

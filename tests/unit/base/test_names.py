@@ -9,12 +9,12 @@ import sys
 import pytest
 
 from pyhyve.base.errors import HostError, UsageError
-from pyhyve.bhyve.names import NameLock, own_name, runtime_directory
+from pyhyve.base.names import NameLock, own_name, runtime_directory
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pyhyve.bhyve.names import NameLock
+from pyhyve.base.names import NameLock
 lock = NameLock(sys.argv[2], Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -104,7 +104,7 @@ def test_runtime_directory_is_private(tmp_path, monkeypatch):
 def test_unwritable_place_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
-    with pytest.raises(HostError, match="set XDG_RUNTIME_DIR"):
+    with pytest.raises(HostError, match="set PYHYVE_RUN_DIR"):
         runtime_directory()
 
 
@@ -116,3 +116,13 @@ def test_symbolic_link_in_the_locks_place_is_not_followed(tmp_path):
     with pytest.raises(HostError, match="cannot lock"):
         NameLock("web", tmp_path)
     assert target.read_text() == "keep me"
+
+
+def test_the_run_directory_can_be_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("PYHYVE_RUN_DIR", str(tmp_path / "mine"))
+    assert runtime_directory() == tmp_path / "mine"
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("PYHYVE_RUN_DIR", "here")
+    with pytest.raises(UsageError, match="PYHYVE_RUN_DIR=here: not an absolute path"):
+        runtime_directory()

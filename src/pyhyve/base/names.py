@@ -13,6 +13,9 @@ from typing import Final
 
 from pyhyve.base.errors import HostError, UsageError
 
+RUN_DIR_VARIABLE: Final = "PYHYVE_RUN_DIR"
+"""Names the directory of running VMs, where the usual one will not do."""
+
 _ATTEMPTS: Final = 16
 _OWN_NAME: Final = re.compile(r"vm-(\d+)-[0-9a-f]+")
 
@@ -24,8 +27,13 @@ def own_name(owner: object) -> str:
 
 def runtime_directory() -> Path:
     """Return (and make, mode 0700) the directory of this user's running VMs."""
+    own = os.environ.get(RUN_DIR_VARIABLE, "")
     configured = os.environ.get("XDG_RUNTIME_DIR", "")
-    if configured.startswith("/"):
+    if own.startswith("/"):
+        path = Path(own)
+    elif own:
+        raise UsageError(f"{RUN_DIR_VARIABLE}={own}: not an absolute path; name a directory of your own")
+    elif configured.startswith("/"):
         path = Path(configured) / "pyhyve"
     elif os.geteuid() == 0:
         path = Path("/run/pyhyve")
@@ -36,10 +44,10 @@ def runtime_directory() -> Path:
         status = path.lstat()
     except OSError as error:
         raise HostError(
-            f"cannot make {path} ({error.strerror}); set XDG_RUNTIME_DIR to a directory of your own"
+            f"cannot make {path} ({error.strerror}); set {RUN_DIR_VARIABLE} to a directory of your own"
         ) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise HostError(f"{path} is not a directory that only you can write; remove it, or set XDG_RUNTIME_DIR")
+        raise HostError(f"{path} is not a directory that only you can write; remove it, or set {RUN_DIR_VARIABLE}")
     return path
 
 
