@@ -63,11 +63,6 @@ class Pmap(Protocol):
     """Where the nested page tables are, and how new; it is told when a vCPU uses them."""
 
     @property
-    def injected(self) -> int:
-        """How many external interrupts the guest took."""
-        return sum(self.delivered)
-
-    @property
     def eptp(self) -> int: ...
 
     def activate(self, vcpu: int) -> int: ...
