@@ -13,6 +13,7 @@ from pyhyve.bhyve.machine import VcpuView
 from pyhyve.bhyve.outcome import Outcome
 from pyhyve.cpu.processor import DEFAULT_CODE_CACHE
 from pyhyve.vmm.cpufeatures import parse_cpu_features
+from pyhyve.vmm.diagnosis.interrupts import Interrupts
 
 __all__ = ["Machine", "Outcome", "VcpuView"]
 
@@ -84,6 +85,11 @@ class Machine:
     def vcpus(self) -> Sequence[VcpuView]:
         """The virtual processors: `vcpus[0].get("rip")`."""
         return self._machine.vcpus
+
+    @property
+    def interrupts(self) -> Interrupts:
+        """Where an interrupt is and what holds it: `interrupts.explain(irq=4)`."""
+        return self._machine.interrupts
 
     @property
     def outcome(self) -> Outcome | None:

@@ -38,6 +38,7 @@ from pyhyve.bhyve.pci.hostbridge import HostBridge
 from pyhyve.cpu import select
 from pyhyve.cpu.processor import Segment
 from pyhyve.vmm.cpuid import NOTE_HARDWARE
+from pyhyve.vmm.diagnosis.interrupts import Interrupts
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vatpit import Vatpit
 from pyhyve.vmm.io.vhpet import Vhpet
@@ -157,6 +158,7 @@ class Machine:
         vm.attach_pic(self.vatpic)
         for port in (layout.PIC_MASTER_PORT, layout.PIC_SLAVE_PORT, layout.PIC_ELCR_PORT):
             vm.ports.attach(port, _PIC_PORTS, self.vatpic, base=0)
+        self.interrupts = Interrupts(vm, self.vioapic, self.vatpic, {layout.PIT_IRQ: layout.PIT_IOAPIC_PIN})
 
     def _isa_pin(self, irq: int) -> IrqPin:
         """A new source of an ISA interrupt line, which both kinds of controller see."""

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from pyhyve.base.errors import HostError
@@ -74,6 +75,15 @@ _NMIS: Final = 2
 """One NMI may be on its way into its handler while another waits for the handler's end; more are lost."""
 _OTHER_TABLES: Final = (1 << 64) - 1
 """A generation that the VM's own nested page tables never have."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingEvents:
+    """Events other than interrupts that a vCPU has not taken yet. sipi: a start-up vector, or -1."""
+
+    init: bool
+    sipi: int
+    nmis: int
 
 
 @runtime_checkable
@@ -154,6 +164,10 @@ class Vcpu:
     def post_nmi(self) -> None:
         self._nmis = min(self._nmis + 1, _NMIS)
         self.notify()
+
+    def waiting_events(self) -> WaitingEvents:
+        """What a diagnosis shows; while the vCPU runs, a moment's view."""
+        return WaitingEvents(self._init_pending, self._sipi_vector, self._nmis)
 
     def pin(self, host_cpus: Iterable[int]) -> None:
         """Run only on these host CPUs, now or as soon as the thread starts. HostError if the host has none of them."""

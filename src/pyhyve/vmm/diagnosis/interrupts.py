@@ -1,0 +1,45 @@
+"""`vm.interrupts`: questions about a machine's interrupts."""
+
+from collections.abc import Mapping
+
+from pyhyve.base.errors import UsageError
+from pyhyve.vmm.diagnosis.explain import explain_irq, explain_nmi, explain_vector
+from pyhyve.vmm.diagnosis.report import Explanation
+from pyhyve.vmm.diagnosis.snapshot import Snapshot, take
+from pyhyve.vmm.io.vatpic import Vatpic
+from pyhyve.vmm.io.vioapic import Vioapic
+from pyhyve.vmm.vm import Vm
+
+
+class Interrupts:
+    """A machine's interrupts, seen from outside. Made by the machine, which knows its controllers.
+
+    Every question stops the guest for a moment; none may come from a vCPU's thread.
+    """
+
+    def __init__(self, vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) -> None:
+        self._vm = vm
+        self._vioapic = vioapic
+        self._vatpic = vatpic
+        self._isa_pins = dict(isa_pins)
+
+    def snapshot(self) -> Snapshot:
+        """The state of all that an interrupt passes, at one moment."""
+        return take(self._vm, self._vioapic, self._vatpic, self._isa_pins)
+
+    def explain(
+        self, irq: int | None = None, *, vector: int | None = None, nmi: bool = False, vcpu: int | None = None
+    ) -> Explanation:
+        """Say where an interrupt is on its way, and what holds it there.
+
+        One of: `irq`, an ISA interrupt or a pin of the I/O APIC; `vector`, 0 to 255; `nmi`. `vcpu` looks at one virtual
+        processor only (of an NMI: 0 unless given). UsageError for a number that there is not.
+        """
+        if (irq is not None) + (vector is not None) + nmi != 1:
+            raise UsageError("explain: name one thing, an IRQ, a vector or the NMI")
+        snapshot = self.snapshot()
+        if irq is not None:
+            return explain_irq(snapshot, irq, vcpu)
+        if vector is not None:
+            return explain_vector(snapshot, vector, vcpu)
+        return explain_nmi(snapshot, vcpu or 0)

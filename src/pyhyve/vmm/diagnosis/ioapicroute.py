@@ -1,0 +1,158 @@
+"""From a pin of the I/O APIC to the local APICs that its entry names."""
+
+from dataclasses import dataclass
+
+from pyhyve.vmm.diagnosis.processor import (
+    MODES,
+    Cpu,
+    acceptance_stages,
+    cpus,
+    delivered_stage,
+    enabled_stage,
+    entry_stages,
+)
+from pyhyve.vmm.diagnosis.report import Stage
+from pyhyve.vmm.diagnosis.snapshot import Snapshot
+from pyhyve.vmm.io.apicbus import EXTINT, FIXED, LOWEST_PRIORITY, NMI
+from pyhyve.vmm.io.vioapic import RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
+
+_MOST_SHOWN = 16
+"""Of destinations: a broadcast may have hundreds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinState:
+    """A pin and its redirection entry, decoded."""
+
+    pin: int
+    entry: int
+    asserters: int
+    sources: int
+    targets: tuple[Cpu, ...]
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, pin: int) -> "PinState":
+        levels = snapshot.ioapic.levels[pin]
+        named = snapshot.targets[pin]
+        targets = tuple(cpu for cpu in cpus(snapshot) if cpu.vlapic.apic_id in named)
+        return cls(pin, snapshot.ioapic.entries[pin], sum(levels), len(levels), targets)
+
+    @property
+    def vector(self) -> int:
+        return self.entry & RTE_VECTOR
+
+    @property
+    def mode(self) -> int:
+        return self.entry >> 8 & 7
+
+    @property
+    def level(self) -> bool:
+        return bool(self.entry & RTE_LEVEL) and self.fixed
+
+    @property
+    def fixed(self) -> bool:
+        return self.mode in (FIXED, LOWEST_PRIORITY)
+
+    @property
+    def masked(self) -> bool:
+        return bool(self.entry & RTE_MASKED)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a target has it in IRR or ISR: then the pin has done its part."""
+        return self.fixed and any(cpu.pending(self.vector) or cpu.in_service(self.vector) for cpu in self.targets)
+
+
+def pin_stages(snapshot: Snapshot, pin: int) -> list[Stage]:
+    """All stages of a pin's interrupt, from its sources to each vCPU that it may go to."""
+    state = PinState.of(snapshot, pin)
+    stages = [
+        _line_stage(state),
+        _mask_stage(state),
+        _trigger_stage(state),
+        _mode_stage(state),
+        _remote_irr_stage(state),
+        _destination_stage(snapshot, state),
+    ]
+    if state.fixed:
+        accepting = any(cpu.hardware_enabled and cpu.software_enabled for cpu in state.targets)
+        for cpu in state.targets[:_MOST_SHOWN]:
+            stages += target_stages(cpu, state.vector, all_must=not accepting)
+    return stages
+
+
+def target_stages(cpu: Cpu, vector: int, all_must: bool = True) -> list[Stage]:
+    """From a local APIC that is to take `vector`, to the vCPU. all_must: no other would take it in its place."""
+    enabled = enabled_stage(cpu)
+    if not all_must and enabled.holds:
+        # Another destination takes it.
+        enabled = Stage(enabled.name, enabled.state, "", enabled.registers)
+    stages = [enabled, *acceptance_stages(cpu, vector)]
+    stages += entry_stages(cpu, f"vector {vector:#x}", cpu.pending(vector) and not cpu.in_service(vector))
+    return [*stages, delivered_stage(cpu, vector)]
+
+
+def _line_stage(state: PinState) -> Stage:
+    held = f"held by {state.asserters} of {state.sources} sources"
+    reason = ""
+    if not state.asserters and not state.under_way and not state.masked:
+        reason = f"nothing asserts I/O APIC pin {state.pin} (none of its {state.sources} sources), and nothing waits"
+        if not state.sources:
+            reason = f"no device is wired to I/O APIC pin {state.pin}"
+    return Stage("pin", f"I/O APIC pin {state.pin}, {held}", reason, {"asserters": state.asserters})
+
+
+def _mask_stage(state: PinState) -> Stage:
+    reason = ""
+    if state.masked and not state.under_way:
+        asserted = "" if not state.asserters else f", while {state.asserters} of its sources assert it"
+        reason = f"I/O APIC pin {state.pin} is masked (entry {state.entry:#x}, bit 16){asserted}"
+    return Stage("I/O APIC mask", "masked" if state.masked else "open", reason, {"entry": state.entry})
+
+
+def _trigger_stage(state: PinState) -> Stage:
+    """An edge-triggered pin that stays high has sent its one interrupt."""
+    kind = "level" if state.entry & RTE_LEVEL else "edge"
+    reason = ""
+    if kind == "edge" and state.asserters and not state.under_way and not state.masked:
+        reason = (
+            f"I/O APIC pin {state.pin} is edge-triggered and has stayed high since its last edge "
+            f"(held by {state.asserters} of {state.sources} sources): it must fall first"
+        )
+    return Stage("I/O APIC trigger", f"{kind}-triggered", reason, {"entry": state.entry})
+
+
+def _mode_stage(state: PinState) -> Stage:
+    words = MODES[state.mode]
+    reason = ""
+    if state.fixed:
+        words = f"{words}, vector {state.vector:#x}"
+        if state.vector < 16 and not state.masked:
+            reason = f"I/O APIC pin {state.pin} has the illegal vector {state.vector:#x}: no local APIC accepts 0 to 15"
+    elif state.mode not in (NMI, EXTINT) and not state.masked:
+        reason = f"I/O APIC pin {state.pin} has the delivery mode {words}, which carries no interrupt here"
+    return Stage("I/O APIC mode", words, reason, {"entry": state.entry})
+
+
+def _remote_irr_stage(state: PinState) -> Stage:
+    waiting = bool(state.entry & RTE_REMOTE_IRR)
+    reason = ""
+    if waiting and not state.under_way:
+        reason = (
+            f"I/O APIC pin {state.pin} waits for an EOI of vector {state.vector:#x} (remote IRR), which no local APIC "
+            "has pending or in service: that EOI is lost"
+        )
+    return Stage("I/O APIC remote IRR", "set" if waiting else "clear", reason, {"entry": state.entry})
+
+
+def _destination_stage(snapshot: Snapshot, state: PinState) -> Stage:
+    dest = state.entry >> 56
+    logical = bool(state.entry & RTE_LOGICAL)
+    kind = "logical" if logical else "physical"
+    everyone = [cpu.destination() for cpu in cpus(snapshot)[:_MOST_SHOWN]]
+    reason = ""
+    if not state.targets and not state.masked:
+        reason = f"I/O APIC pin {state.pin}'s {kind} destination {dest:#x} names no local APIC ({'; '.join(everyone)})"
+    named = ", ".join(f"vCPU {cpu.vcpu.index}" for cpu in state.targets) or "nobody"
+    words = f"{kind} {dest:#x}: {named}; {'; '.join(everyone)}"
+    return Stage("destination", words, reason, {"destination": dest, "logical": int(logical)})

@@ -1,0 +1,111 @@
+"""The state of everything that an interrupt passes, at one moment: what a diagnosis is made from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pyhyve.vmm.io.vatpic import Vatpic, VatpicV1
+from pyhyve.vmm.io.vioapic import RTE_LOGICAL, Vioapic, VioapicV1
+from pyhyve.vmm.io.vlapic import Vlapic, VlapicV1
+from pyhyve.vmm.vcpu import STATE_NAMES, Vcpu
+from pyhyve.vmm.vm import State, Vm
+
+_RFLAGS_IF = 1 << 9
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuSnapshot:
+    """A vCPU between two instructions. state: a word of `vcpu.STATE_NAMES`.
+
+    interrupts_on: RFLAGS.IF. event_pending: an event is on its way into its handler. interruptible, nmi_allowed: what
+    the processor says of external interrupts and NMIs. nmis: NMIs that wait; sipi: a start-up vector that waits, or -1.
+    delivered: external interrupts taken, by vector.
+    """
+
+    index: int
+    state: str
+    interrupts_on: bool
+    event_pending: bool
+    interruptible: bool
+    nmi_allowed: bool
+    rflags: int
+    rip: int
+    nmis: int
+    init_pending: bool
+    sipi: int
+    delivered: tuple[int, ...]
+    nmis_delivered: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """targets: for each pin of the I/O APIC, the ids of the local APICs that its entry names. isa_pins: the pins of
+    those ISA interrupts that have not the pin of their number. last_dropped, last_undelivered: as in `ApicBus`."""
+
+    paused: bool
+    ended: bool
+    vcpus: tuple[VcpuSnapshot, ...]
+    vlapics: tuple[VlapicV1, ...]
+    ioapic: VioapicV1
+    targets: tuple[tuple[int, ...], ...]
+    pic: VatpicV1
+    isa_pins: Mapping[int, int]
+    dropped: int
+    last_dropped: tuple[int, int] | None
+    undelivered: int
+    last_undelivered: tuple[int, bool, int, int] | None
+
+
+def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) -> Snapshot:
+    """Look at a VM, which stands still for the moment (for good, if it is paused or has ended). From any thread but a
+    vCPU's."""
+    paused = vm.state is State.PAUSED
+    with vm.stopped():
+        if vm.state is State.STOPPED:
+            vm.join()
+        with vm.lock:
+            bus = vm.apic_bus
+            ioapic = vioapic.save()
+            return Snapshot(
+                paused=paused,
+                ended=vm.state is State.STOPPED,
+                vcpus=tuple(_vcpu(vcpu) for vcpu in vm.vcpus),
+                vlapics=tuple(_vlapic(vcpu) for vcpu in vm.vcpus),
+                ioapic=ioapic,
+                targets=tuple(
+                    tuple(target.apic_id for target in bus.targets(entry >> 56, bool(entry & RTE_LOGICAL)))
+                    for entry in ioapic.entries
+                ),
+                pic=vatpic.save(),
+                isa_pins=isa_pins,
+                dropped=bus.dropped,
+                last_dropped=bus.last_dropped,
+                undelivered=bus.undelivered,
+                last_undelivered=bus.last_undelivered,
+            )
+
+
+def _vlapic(vcpu: Vcpu) -> VlapicV1:
+    assert isinstance(vcpu.vlapic, Vlapic)
+    vcpu.load_task_priority()
+    return vcpu.vlapic.save()
+
+
+def _vcpu(vcpu: Vcpu) -> VcpuSnapshot:
+    backend = vcpu.backend
+    rflags = backend.get("rflags")
+    waiting = vcpu.waiting_events()
+    return VcpuSnapshot(
+        index=vcpu.index,
+        state=STATE_NAMES[vcpu.state],
+        interrupts_on=bool(rflags & _RFLAGS_IF),
+        event_pending=backend.injection_pending(),
+        interruptible=backend.interruptible(),
+        nmi_allowed=backend.nmi_allowed(),
+        rflags=rflags,
+        rip=backend.get("rip"),
+        nmis=waiting.nmis,
+        init_pending=waiting.init,
+        sipi=waiting.sipi,
+        delivered=tuple(vcpu.delivered),
+        nmis_delivered=vcpu.nmis_delivered,
+    )
