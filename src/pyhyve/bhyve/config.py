@@ -9,7 +9,7 @@ from typing import Final
 
 from pyhyve.base.errors import UsageError
 from pyhyve.bhyve.boot.files import BootFiles, ModuleFile
-from pyhyve.bhyve.layout import MIB, MIN_RAM, PAGE_SIZE
+from pyhyve.bhyve.layout import IOAPIC_PIN_CHOICES, IOAPIC_PINS, MIB, MIN_RAM, PAGE_SIZE
 from pyhyve.bhyve.lpc.options import FwCfgFile, FwCfgOptions, LpcOptions
 from pyhyve.cpu.processor import DEFAULT_CODE_CACHE, MAX_CODE_CACHE, MIN_CODE_CACHE
 
@@ -81,6 +81,10 @@ class MachineConfig:
     """Bytes of translated code that each vCPU keeps, MIN_CODE_CACHE to MAX_CODE_CACHE; only the software processor."""
     cpu_features: Mapping[str, bool] = field(default_factory=dict)
     """Features of the guest's processor that must be there (True) or are hidden: `vmm.cpufeatures`."""
+    ioapic_pins: int = IOAPIC_PINS
+    """IOAPIC_PIN_CHOICES: 24, as in a PC's 82093AA, or 32 and an EOI register."""
+    rtc_utc: bool = True
+    """Whether the real-time clock starts with the host's UTC, or with its local time."""
     kaslr: bool = False
     lpc: Sequence[LpcOptions] = ()
     """Devices on the ISA bus besides those that every machine has."""
@@ -103,6 +107,8 @@ class MachineConfig:
                 f"--name {self.name!r}: not a name; use up to 64 letters, digits, '.', '_' and '-', "
                 "a letter or a digit first"
             )
+        if self.ioapic_pins not in IOAPIC_PIN_CHOICES:
+            raise UsageError(f"--ioapic-pins {self.ioapic_pins}: an I/O APIC here has 24 pins or 32")
         if self.hang_seconds < 0:
             raise UsageError(f"--hang {self.hang_seconds:g}: not a time; write seconds, or 0 for never")
 

@@ -99,7 +99,8 @@ PCI_CONFIG_DATA: Final = 0xCFC
 IOAPIC_BASE: Final = 0xFEC0_0000
 IOAPIC_SIZE: Final = PAGE_SIZE
 IOAPIC_PINS: Final = 32
-"""0-15 are the ISA lines, 16-31 take PCI's INTx lines."""
+"""0-15 are the ISA lines, from 16 on they take PCI's INTx lines."""
+IOAPIC_PIN_CHOICES: Final = (24, IOAPIC_PINS)
 HPET_BASE: Final = 0xFED0_0000
 HPET_SIZE: Final = 1024
 """IA-PC HPET specification, "Register Overview": 1 KiB of registers."""
@@ -177,6 +178,8 @@ RTC_IRQ: Final = 8
 SCI_IRQ: Final = 9
 """ACPI's system control interrupt: level, active low; the MADT carries the override."""
 PCI_IOAPIC_PIN_BASE: Final = 16
+IOAPIC_ACTIVE_LOW: Final = ~((1 << PCI_IOAPIC_PIN_BASE) - 1) | 1 << SCI_IRQ
+"""The lines (a bit each) that are low while asserted: the SCI, by the MADT, and PCI's, which a guest knows."""
 
 
 # --- What the guest is told --------------------------------------------------------------------------------------

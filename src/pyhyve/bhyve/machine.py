@@ -142,7 +142,7 @@ class Machine:
         for device in self.config.lpc:
             self._add_lpc(device)
         has_fwcfg = any(isinstance(device, FwCfgOptions) for device in self.config.lpc)
-        for gpa, table in build_acpi(self.config.cpus, high, fwcfg=has_fwcfg):
+        for gpa, table in build_acpi(self.config.cpus, high, fwcfg=has_fwcfg, ioapic_pins=self.config.ioapic_pins):
             vm.memory.write(gpa, table)
         self._boot(load_kernel(vm.memory, self.config.files, low, high, rsdp=layout.RSDP))
         _release_heap()
@@ -151,7 +151,7 @@ class Machine:
         vm = self.vm
         bootstrap = vm.vcpus[0].vlapic
         assert isinstance(bootstrap, Vlapic)
-        self.vioapic = Vioapic(vm.apic_bus, 0, layout.IOAPIC_PINS)
+        self.vioapic = Vioapic(vm.apic_bus, 0, self.config.ioapic_pins, layout.IOAPIC_ACTIVE_LOW)
         vm.apic_bus.attach_ioapic(self.vioapic)
         vm.mmio.attach(layout.IOAPIC_BASE, layout.IOAPIC_SIZE, self.vioapic)
         self.vatpic = Vatpic(lambda level: bootstrap.lint(0, level))
@@ -171,7 +171,9 @@ class Machine:
         self.vatpit = Vatpit(clock, timers, self._isa_pin(layout.PIT_IRQ))
         vm.ports.attach(layout.PIT_PORT, 4, self.vatpit, base=0)
         vm.ports.attach(layout.PIT_NMISC_PORT, 1, self.vatpit, base=0)
-        self.vrtc = Vrtc(clock, timers, self._isa_pin(layout.RTC_IRQ))
+        self.vrtc = Vrtc(clock, timers, self._isa_pin(layout.RTC_IRQ), utc=self.config.rtc_utc)
+        low, high = layout.split_ram(self.config.memory)
+        self.vrtc.set_memory_size(low, high)
         vm.ports.attach(layout.RTC_PORT, 2, self.vrtc, base=0)
         self.vhpet = Vhpet(clock, timers, vm.apic_bus, self.vioapic.pin)
         vm.mmio.attach(layout.HPET_BASE, layout.HPET_SIZE, self.vhpet)

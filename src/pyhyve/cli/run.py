@@ -72,6 +72,13 @@ def add_arguments(parser: Parser) -> None:
         default=[],
         help="a file for -l fwcfg,qemu: NAME,string=TEXT or NAME,file=PATH; may be repeated",
     )
+    parser.add_argument(
+        "--ioapic-pins", choices=("24", "32"), default="32", help="how many pins the I/O APIC has (%(default)s)"
+    )
+    parser.add_argument(
+        "--rtc", choices=("utc", "local"), default="utc", help="what the real-time clock shows (%(default)s)"
+    )
+    parser.add_argument("-u", dest="rtc", action="store_const", const="utc", help="the same as --rtc utc")
     parser.add_argument("--kaslr", action="store_true", help="let the kernel unpack itself, at a random address")
     parser.add_argument("--timeout", metavar="SECONDS", help="stop the guest after this long")
     parser.add_argument(
@@ -143,6 +150,8 @@ def run(arguments: Namespace) -> int:
         processor=arguments.processor,
         code_cache=parse_size(arguments.code_cache, "--code-cache"),
         cpu_features=parse_cpu_features(arguments.cpu_feature),
+        ioapic_pins=int(arguments.ioapic_pins),
+        rtc_utc=arguments.rtc == "utc",
         kaslr=arguments.kaslr,
         lpc=tuple(map(parse_lpc, arguments.lpc)),
         fwcfg=tuple(map(parse_fwcfg_file, arguments.fwcfg)),

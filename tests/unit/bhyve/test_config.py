@@ -39,6 +39,11 @@ def test_what_is_no_size_is_one_line(text):
     assert str(caught.value).startswith(f"-m {text}: not a size; ")
 
 
+def test_an_io_apic_of_other_pins_is_the_users_error(tmp_path):
+    with pytest.raises(UsageError, match="--ioapic-pins 28: an I/O APIC here has 24 pins or 32"):
+        MachineConfig(tmp_path, ioapic_pins=28)
+
+
 def test_sizes_are_shown_as_they_are_written():
     assert [format_size(n) for n in (256 * MIB, 1536 * MIB, 3 << 40, 4096)] == ["256M", "1.5G", "3T", "4K"]
 

@@ -16,7 +16,13 @@ _PINS: Final = 4
 _ANY_FUNCTION: Final = 0xFFFF
 
 
-def build(high_ram: int, com: Sequence[layout.SerialPort], *, fwcfg: bool = False) -> bytes:
+def build(
+    high_ram: int,
+    com: Sequence[layout.SerialPort],
+    *,
+    fwcfg: bool = False,
+    ioapic_pins: int = layout.IOAPIC_PINS,
+) -> bytes:
     """Return the definition block's terms for `high_ram` bytes of RAM above 4 GiB, these serial ports, and fw_cfg."""
     return b"".join(
         (
@@ -25,14 +31,21 @@ def build(high_ram: int, com: Sequence[layout.SerialPort], *, fwcfg: bool = Fals
             # The guest says 1 when it has turned from the 8259s to the I/O APIC.
             aml.name("\\PICM", aml.ZERO),
             aml.method("\\_PIC", 1, aml.store(aml.ARG0, "\\PICM")),
-            aml.scope("\\_SB", _root_bridge(high_ram, com), *((_fwcfg(),) if fwcfg else ()), _hpet(), _motherboard()),
+            aml.scope(
+                "\\_SB",
+                _root_bridge(high_ram, com, ioapic_pins),
+                *((_fwcfg(),) if fwcfg else ()),
+                _hpet(),
+                _motherboard(),
+            ),
         )
     )
 
 
-def _root_bridge(high_ram: int, com: Sequence[layout.SerialPort]) -> bytes:
+def _root_bridge(high_ram: int, com: Sequence[layout.SerialPort], ioapic_pins: int) -> bytes:
     mem64 = layout.pci_mem64_base(high_ram)
     ports_behind = layout.PCI_CONFIG_ADDRESS + _CONFIG_PORTS
+    routes = [_route(slot, pin, ioapic_pins) for slot in range(SLOTS) for pin in range(_PINS)]
     crs = aml.resources(
         aml.bus_window(0, BUSES - 1),
         aml.io(layout.PCI_CONFIG_ADDRESS, _CONFIG_PORTS),
@@ -48,7 +61,7 @@ def _root_bridge(high_ram: int, com: Sequence[layout.SerialPort]) -> bytes:
         aml.name("_UID", aml.ZERO),
         aml.name("_BBN", aml.ZERO),
         aml.name("_CRS", crs),
-        aml.name("APRT", aml.package(*(_route(slot, pin) for slot in range(SLOTS) for pin in range(_PINS)))),
+        aml.name("APRT", aml.package(*routes)),
         # The 8259s get none of PCI's lines.
         aml.method("_PRT", 0, aml.if_(aml.path("\\PICM"), aml.return_(aml.path("APRT"))), aml.return_(aml.package())),
         aml.device(
@@ -78,10 +91,10 @@ def _root_bridge(high_ram: int, com: Sequence[layout.SerialPort]) -> bytes:
     )
 
 
-def _route(slot: int, pin: int) -> bytes:
+def _route(slot: int, pin: int, ioapic_pins: int) -> bytes:
     """One entry of _PRT: the interrupt of INTA-INTD (0-3) of any function in a slot, wired and not to be chosen."""
     address = aml.integer(slot << 16 | _ANY_FUNCTION)
-    return aml.package(address, aml.integer(pin), aml.ZERO, aml.integer(intx_pin(slot, pin + 1)))
+    return aml.package(address, aml.integer(pin), aml.ZERO, aml.integer(intx_pin(slot, pin + 1, ioapic_pins)))
 
 
 def _serial(number: int, port: layout.SerialPort) -> bytes:

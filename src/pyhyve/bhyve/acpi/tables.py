@@ -71,11 +71,13 @@ def build_acpi(
     com: Sequence[layout.SerialPort] = (layout.COM1,),
     *,
     fwcfg: bool = False,
+    ioapic_pins: int = layout.IOAPIC_PINS,
 ) -> list[tuple[int, bytes]]:
     """Return (gpa, table) for a machine of `cpus` processors with APIC ids 0 to cpus - 1, the RSDP first.
 
     `high_ram` is the RAM from 4 GiB up (bytes); `com` the serial ports it has; `fwcfg` tells of QEMU's firmware
-    configuration device. Raise ValueError if the tables do not fit below 1 MiB (some 1,000 processors do).
+    configuration device, `ioapic_pins` how far PCI's interrupt lines go. Raise ValueError if the tables do not fit
+    below 1 MiB (those of some 1,000 processors do not).
     """
     if cpus < 1:
         raise ValueError(f"{cpus} processors: need at least 1")
@@ -92,7 +94,7 @@ def build_acpi(
         return gpa
 
     facs = place(build_facs())
-    definition = place(table(b"DSDT", 2, b"BVDSDT", dsdt.build(high_ram, com, fwcfg=fwcfg)))
+    definition = place(table(b"DSDT", 2, b"BVDSDT", dsdt.build(high_ram, com, fwcfg=fwcfg, ioapic_pins=ioapic_pins)))
     entries = [
         place(build_fadt(facs, definition)),
         place(build_madt(cpus)),

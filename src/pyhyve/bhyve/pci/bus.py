@@ -9,7 +9,6 @@ from pyhyve.bhyve import layout
 from pyhyve.bhyve.pci import bits
 from pyhyve.bhyve.pci.device import BarSpace, PciDevice
 
-_INTX_LINES: Final = layout.IOAPIC_PINS - layout.PCI_IOAPIC_PIN_BASE
 _DATA_OFFSET: Final = layout.PCI_CONFIG_DATA - layout.PCI_CONFIG_ADDRESS
 _RESET_OFFSET: Final = layout.RESET_PORT - layout.PCI_CONFIG_ADDRESS
 
@@ -21,9 +20,10 @@ def requester_id(bus: int, slot: int, function: int) -> int:
     return bus << 8 | slot << 3 | function
 
 
-def intx_pin(slot: int, pin: int) -> int:
+def intx_pin(slot: int, pin: int, ioapic_pins: int = layout.IOAPIC_PINS) -> int:
     """Return the I/O APIC pin of INTA-INTD (`pin` 1-4) of a slot on bus 0; the DSDT's _PRT says the same."""
-    return layout.PCI_IOAPIC_PIN_BASE + (4 * slot + pin - 1) % _INTX_LINES
+    lines = ioapic_pins - layout.PCI_IOAPIC_PIN_BASE
+    return layout.PCI_IOAPIC_PIN_BASE + (4 * slot + pin - 1) % lines
 
 
 class PciBus:

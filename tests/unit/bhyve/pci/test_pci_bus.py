@@ -142,3 +142,4 @@ def test_interrupt_lines_are_spread_over_the_pins_left_to_pci() -> None:
     pins = {intx_pin(slot, pin) for slot in range(32) for pin in (1, 2, 3, 4)}
     assert pins == set(range(layout.PCI_IOAPIC_PIN_BASE, layout.IOAPIC_PINS))
     assert len({intx_pin(3, pin) for pin in (1, 2, 3, 4)}) == 4
+    assert {intx_pin(slot, pin, 24) for slot in range(32) for pin in (1, 2, 3, 4)} == set(range(16, 24))
