@@ -146,17 +146,22 @@ cdef void _second_way(T* t, Stub* s) noexcept nogil:
     cdef int32_t way = WAY_ENTRIES * <int32_t>sizeof(TlbEntry)
     cdef int32_t entry = way + s.off - (OFF(&(<TlbEntry*>NULL).tag_w) if s.access & ACCESS_WRITE else 0)
     cdef uint8_t* miss
+    cdef uint8_t* promote
     e1(e, 0x65)                                  # xor r10, gs:[r11 + tag]
     e3(e, 0x4D, 0x33, 0x93)
     e32(e, <uint32_t>(way + s.off))
     e3(e, 0x49, 0x81, 0xFA)                      # cmp r10, 4096 - width
     e32(e, 0x1000 - s.width)
     miss = jcc_fwd(e, CC_A)
+    e2(e, 0x48, 0xFF)                            # dec second_left: every so often the helper promotes the entry
+    state_operand(e, 1, OFF(&(<Vcpu*>NULL).second_left), 0)
+    promote = jcc_fwd(e, CC_E)
     e1(e, 0x65)                                  # mov r10, gs:[r11 + addend], or add r10, gs:[r11 + hva]
     e3(e, 0x4D, 0x8B if s.access & SHARED else 0x03, 0x93)
     e32(e, <uint32_t>(entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & SHARED else OFF(&(<TlbEntry*>NULL).hva))))
     rel32_to(jmp_fwd(e), s.resume)
     rel32_to(miss, e.p)
+    rel32_to(promote, e.p)
     e1(e, 0x65)
     e3(e, 0x4D, 0x33, 0x93)
     e32(e, <uint32_t>(way + s.off))

@@ -11,7 +11,7 @@ from pyhyve.cpu.bt.debug cimport (
 from pyhyve.cpu.bt.decode cimport C_BRANCH, C_COPY, C_INVALID, C_LIMIT, Insn
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
-from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_hit, mmu_page, mmu_write
+from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_promote, mmu_write
 from pyhyve.cpu.bt.priority cimport access_fault
 from pyhyve.cpu.bt.segments cimport CS_LIMITS_FULL, segment_check, segments_forget, segments_mode
 from pyhyve.cpu.bt.shared cimport cpu_fence, give_back, set_in_guest, spin_yield
@@ -149,9 +149,9 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         if hva:
             r = R_SLOW
         return _leave_access(v, r, group, lin, width, access)
-    hva = <uint64_t>mmu_hit(v, lin, width, bank, access)
+    hva = mmu_promote(v, lin, width, bank, access)
     if hva:
-        return hva - sub                         # in the second way
+        return hva - sub
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
         return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF) - sub

@@ -89,6 +89,9 @@ cdef inline uint64_t* mmu_hit(Vcpu* v, uint64_t lin, uint32_t size, int bank, in
         return <uint64_t*>(e.hva + (lin & 0xFFF))
     return NULL
 
+# For an access that missed the first way.
+cdef uint64_t mmu_promote(Vcpu* v, uint64_t lin, uint32_t width, int bank, int access) noexcept nogil
+
 cdef inline int read_u8(Vcpu* v, uint64_t lin, int bank, uint8_t* out) noexcept nogil:
     cdef uint8_t* p = <uint8_t*>mmu_hit(v, lin, 1, bank, ACCESS_READ)
     if p != NULL:

@@ -480,6 +480,30 @@ cdef inline void drop(TlbEntry* e, uint32_t index) noexcept nogil:
     e.tag_w = tlb_invalid(index)
 
 
+cdef uint64_t mmu_promote(Vcpu* v, uint64_t lin, uint32_t width, int bank, int access) noexcept nogil:
+    """The host address of what the second way has, which changes places with the first one's; 0 if it has not."""
+    cdef uint32_t index = <uint32_t>(lin >> 12) & (TLB_ENTRIES - 1)
+    cdef TlbEntry* e = &v.tlb[bank * TLB_ENTRIES + index]
+    cdef TlbEntry first = e[0]
+    cdef uint64_t* a
+    cdef uint64_t* b
+    cdef uint64_t differ
+    cdef int side
+    if mmu_hit(v, lin, width, bank, access) == NULL:
+        return 0
+    v.second_left = SECOND_HITS
+    if first.tag_r != lin & PAGE_MASK:
+        e[0] = e[WAY_ENTRIES]
+        e[WAY_ENTRIES] = first
+        for side in range(2):
+            a = noted(v, 0, bank, side) + (index >> 6)
+            b = noted(v, 1, bank, side) + (index >> 6)
+            differ = (a[0] ^ b[0]) & <uint64_t>1 << (index & 63)
+            a[0] ^= differ
+            b[0] ^= differ
+    return e.hva + (lin & 0xFFF)
+
+
 cdef bint enter(Vcpu* v, uint64_t lin, int access, int bank, uint64_t hva, uint64_t info) noexcept nogil:
     """Fill the TLB entry of `lin`; True if the page holds translated code and a write was asked for."""
     cdef uint32_t index = <uint32_t>(lin >> 12) & (TLB_ENTRIES - 1)
@@ -696,6 +720,7 @@ cdef void mmu_init(Vcpu* v) noexcept nogil:
     for k in range(256):
         v.ept_cache_tag[k] = 0
         v.ept_cache_val[k] = 0
+    v.second_left = SECOND_HITS
     for k in range(2 * WAY_ENTRIES):
         drop(&v.tlb[k], k & (TLB_ENTRIES - 1))
         v.tlb[k].addend = 0

@@ -16,6 +16,7 @@ cdef enum:
     BANK_KERNEL_AC = 2      # supervisor accesses with RFLAGS.AC = 1 (STAC)
     BANKS = 3
     WAY_ENTRIES = 3072      # of all banks
+    SECOND_HITS = 16
     IBT_BITS = 13
     IBT_ENTRIES = 8192
     FETCH_ENTRIES = 512
@@ -304,6 +305,7 @@ cdef struct Vcpu:
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
     uint64_t ibt[BANKS * IBT_ENTRIES]     # host code addresses by linear target
+    uint64_t second_left         # hits in the second way until one is promoted
     uint64_t second_noted[96]    # mmu.pyx: which entries of the second way were filled
     TlbEntry tlb[2 * WAY_ENTRIES]         # second half: the second way, for what the first one's entries push out
     uint8_t bounce[704]
