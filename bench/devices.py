@@ -6,12 +6,10 @@ processor, and what it takes of the host's memory beyond its own. Prints a table
 
 import argparse
 import contextlib
-import json
 import os
 import pty
 import re
 import select
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,8 +20,7 @@ from pathlib import Path
 from typing import Final
 
 import host
-from processes import BenchError, Interrupted, Signals, end_group, interrupt, run_to_end
-from results import OUTPUT, write_json
+from processes import BenchError, Signals, end_group, run_to_end
 from rich.console import Console
 from rich.table import Table
 
@@ -219,21 +216,11 @@ def _last(seen: bytes) -> str:
     return "\n".join(seen.decode("utf-8", "replace").splitlines()[-12:])
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process and its threads: nanoseconds' fineness where the kernel counts so."""
-    tasks = Path(f"/proc/{pid}/task")
-    try:
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
-    except OSError:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def idle_percent(pid: int) -> float:
     """Return what the guest at its prompt takes of one processor, in percent."""
-    before, start = cpu_seconds(pid), time.monotonic()
+    before, start = host.cpu_seconds(pid), time.monotonic()
     time.sleep(IDLE_SECONDS)
-    return (cpu_seconds(pid) - before) / (time.monotonic() - start) * 100
+    return (host.cpu_seconds(pid) - before) / (time.monotonic() - start) * 100
 
 
 def mapped_memory(smaps: str) -> tuple[int, int]:
@@ -317,47 +304,25 @@ def table(figures: Sequence[Figure]) -> Table:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/devices.py", description="Measure what the monitor costs.")
-    parser.add_argument("--runs", type=int, metavar="N", default=DEFAULT_RUNS, help="median of N (%(default)s)")
+    host.add_runs(parser, DEFAULT_RUNS)
     parser.add_argument("--only", metavar="NAME,...", help=f"only these of {', '.join(NAMES)}")
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print the JSON instead of the table")
+    host.add_json(parser, "table")
     arguments = parser.parse_args(argv)
-    if arguments.runs < 1:
-        parser.error(f"--runs {arguments.runs}: not a number of runs; write 1 or more")
-    asked = set(NAMES) if arguments.only is None else {name.strip() for name in arguments.only.split(",")}
-    unknown = sorted(asked - set(NAMES))
-    if unknown:
-        parser.error(f"--only {unknown[0]}: no such benchmark; there are {', '.join(NAMES)}")
-    arguments.names = tuple(name for name in NAMES if name in asked)
+    host.check_runs(parser, arguments.runs)
+    arguments.names = host.chosen(parser, arguments.only, NAMES)
     return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    try:
-        host.require_processor()
-        warning = host.busy()
-        if warning is not None:
-            print(f"bench: {warning}", file=sys.stderr)
-        machine = host.describe() | {"processor": "bt"}
-        figures = measure(arguments.names, arguments.runs, lambda text: print(f"bench: {text}", file=sys.stderr))
-        document = report(machine, figures)
-        write_json(OUTPUT / "devices.json", document)
-    except BenchError as error:
-        if error.output:
-            print(error.output, file=sys.stderr)
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as interrupted:
-        print("bench: interrupted; nothing was written", file=sys.stderr)
-        return 128 + interrupted.number
-    if arguments.as_json:
-        print(json.dumps(document, indent=2))
-    else:
-        Console().print(table(figures))
-    print(f"bench: wrote {os.path.relpath(OUTPUT / 'devices.json')}", file=sys.stderr)
-    return 0
+    figures: list[Figure] = []
+
+    def work() -> Mapping[str, object]:
+        machine = host.prepare()
+        figures.extend(measure(arguments.names, arguments.runs, lambda text: print(f"bench: {text}", file=sys.stderr)))
+        return report(machine, figures)
+
+    return host.run(work, "devices.json", None if arguments.as_json else lambda: Console().print(table(figures)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def compile_static(name: str, directory: Path, options: tuple[str, ...] = ()) ->
 
 
 def compile_flat(name: str, directory: Path) -> Path:
-    """Compile guest/<name>.c, laid out by guest/<name>.ld, to a flat image in `directory`; return its path."""
-    return _compile(name, directory / f"{name}.bin", (*_FLAT, f"-Wl,-T,{SOURCES / name}.ld"))
+    """Compile guest/<name>.c, laid out by guest/bare.ld, to a flat image in `directory`; return its path."""
+    return _compile(name, directory / f"{name}.bin", (*_FLAT, f"-Wl,-T,{SOURCES / 'bare.ld'}"))
 
 
 def _compile(name: str, program: Path, options: tuple[str, ...]) -> Path:

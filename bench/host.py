@@ -1,15 +1,20 @@
-"""What the numbers were measured on and with; where the programs are."""
+"""What the benchmarks share: what was measured on and with, where the programs are, command lines, and how one ends."""
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from processes import BenchError
+from processes import BenchError, Interrupted, interrupt
+from results import OUTPUT, write_json
 
 QEMU: Final = "qemu-system-x86_64"
 _QEMU_PACKAGE: Final = "qemu-system-x86"
@@ -74,6 +79,83 @@ def busy() -> str | None:
     if load < 0.3 * cpus:
         return None
     return f"the host is busy (load {load:.2f} on {cpus} processors): the times will tell more about that than about us"
+
+
+def prepare(qemu: str | None = None) -> dict[str, object]:
+    """Return `describe()` with what is measured: pyhyve's software processor, and QEMU where that is compared.
+
+    BenchError unless pyhyve works here; a busy host is said on standard error.
+    """
+    require_processor()
+    warning = busy()
+    if warning is not None:
+        print(f"bench: {warning}", file=sys.stderr)
+    machine = describe() | {"processor": "bt"}
+    return machine if qemu is None else machine | {"qemu": first_line([qemu, "--version"])}
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process and its threads: nanoseconds' fineness where the kernel counts so."""
+    tasks = Path(f"/proc/{pid}/task")
+    try:
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir()) / 1e9
+    except OSError:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# -- command lines -----------------------------------------------------------------------------------------------------
+
+
+def add_runs(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument("--runs", type=int, metavar="N", default=default, help="median of N (%(default)s)")
+
+
+def add_json(parser: argparse.ArgumentParser, instead_of: str) -> None:
+    parser.add_argument(
+        "--json", action="store_true", dest="as_json", help=f"print the JSON instead of the {instead_of}"
+    )
+
+
+def check_runs(parser: argparse.ArgumentParser, runs: int) -> None:
+    if runs < 1:
+        parser.error(f"--runs {runs}: not a number of runs; write 1 or more")
+
+
+def chosen(parser: argparse.ArgumentParser, only: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """Return what `--only NAME,...` names, in the order of `names`; all of them without it."""
+    asked = set(names) if only is None else {name.strip() for name in only.split(",")}
+    unknown = sorted(asked - set(names))
+    if unknown:
+        parser.error(f"--only {unknown[0]}: no such benchmark; there are {', '.join(names)}")
+    return tuple(name for name in names if name in asked)
+
+
+def run(measure: Callable[[], Mapping[str, object]], file: str, show: Callable[[], object] | None) -> int:
+    """Be a benchmark's main(): measure, write the result to bench/out/<file>, `show` it (None: print the JSON).
+
+    Returns the exit status. An error is one line behind the last of what a program printed; a signal ends everything
+    that was started, and nothing is written then.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        document = measure()
+        write_json(OUTPUT / file, document)
+    except BenchError as error:
+        if error.output:
+            print(error.output, file=sys.stderr)
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except Interrupted as interrupted:
+        print("bench: interrupted; nothing was written", file=sys.stderr)
+        return 128 + interrupted.number
+    if show is None:
+        print(json.dumps(document, indent=2))
+    else:
+        show()
+    print(f"bench: wrote {os.path.relpath(OUTPUT / file)}", file=sys.stderr)
+    return 0
 
 
 def _processor() -> tuple[str, bool]:

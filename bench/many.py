@@ -6,23 +6,20 @@ takes of the host's memory beyond its own, and of a processor; writes bench/out/
 
 import argparse
 import contextlib
-import json
 import os
 import pty
 import re
 import selectors
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import devices
 import host
-from processes import BenchError, Interrupted, Signals, end_group, interrupt
-from results import OUTPUT, write_json
+from processes import BenchError, Signals, end_group
 
 DEFAULT_VMS: Final = 50
 DEFAULT_MEMORY: Final = "128M"
@@ -104,10 +101,10 @@ def measure(vms: int, memory: str, seconds: float) -> dict[str, object]:
         extra = sum(devices.extra_memory(pid) for pid in pids)
         guest = sum(devices.mapped_memory(Path(f"/proc/{pid}/smaps").read_text())[0] for pid in pids) / devices.MIB
         print(f"bench: watching them for {seconds:g} s", file=sys.stderr)
-        before, begin = [devices.cpu_seconds(pid) for pid in pids], time.monotonic()
+        before, begin = [host.cpu_seconds(pid) for pid in pids], time.monotonic()
         time.sleep(seconds)
         signals.check()
-        spent = sum(devices.cpu_seconds(pid) for pid in pids) - sum(before)
+        spent = sum(host.cpu_seconds(pid) for pid in pids) - sum(before)
         elapsed = time.monotonic() - begin
         threads = sum(len(os.listdir(f"/proc/{pid}/task")) for pid in pids)
         for process in all_guests.processes:
@@ -131,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, metavar="S", default=DEFAULT_SECONDS, help="how long they are watched (%(default)g)"
     )
-    parser.add_argument("--json", action="store_true", dest="as_json", help="print the JSON instead of lines")
+    host.add_json(parser, "lines")
     arguments = parser.parse_args(argv)
     if arguments.vms < 1:
         parser.error(f"--vms {arguments.vms}: not a number of guests; write 1 or more")
@@ -140,30 +137,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def show(result: Mapping[str, object]) -> None:
+    print(f"{result['vms']} guests of {result['memory']} at their prompts after {result['started_seconds']} s")
+    print(f"each takes {result['extra_mib_a_vm']} MiB beyond the {result['guest_mib_a_vm']} MiB of its own memory,")
+    print(f"{result['idle_percent_a_vm']} % of a processor, and {result['threads_a_vm']} threads")
+
+
 def main() -> int:
     arguments = parse_arguments()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
-    try:
-        host.require_processor()
-        machine = host.describe() | {"processor": "bt"}
-        result = measure(arguments.vms, arguments.memory, arguments.seconds)
-        write_json(OUTPUT / "many.json", {"machine": machine} | result)
-    except BenchError as error:
-        if error.output:
-            print(error.output, file=sys.stderr)
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as interrupted:
-        print("bench: interrupted; nothing was written", file=sys.stderr)
-        return 128 + interrupted.number
-    if arguments.as_json:
-        print(json.dumps(result))
-    else:
-        print(f"{result['vms']} guests of {result['memory']} at their prompts after {result['started_seconds']} s")
-        print(f"each takes {result['extra_mib_a_vm']} MiB beyond the {result['guest_mib_a_vm']} MiB of its own memory,")
-        print(f"{result['idle_percent_a_vm']} % of a processor, and {result['threads_a_vm']} threads")
-    return 0
+    result: dict[str, object] = {}
+
+    def work() -> Mapping[str, object]:
+        machine = host.prepare()
+        result.update(measure(arguments.vms, arguments.memory, arguments.seconds))
+        return {"machine": machine} | result
+
+    return host.run(work, "many.json", None if arguments.as_json else lambda: show(result))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,10 @@ def run_to_end(
     timeout: float,
     environment: Mapping[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
 ) -> Finished:
     """Run a program without input until it ends; return what it printed (both outputs) and how long it took.
+    `on_start` is told its process id, `on_line` each line as it comes.
 
     BenchError after `timeout` seconds or a guest's panic, Interrupted after a signal: the program, and whatever it
     started, has been ended then.
@@ -82,6 +84,8 @@ def run_to_end(
             start_new_session=True,
         )
         try:
+            if on_start is not None:
+                on_start(process.pid)
             reader = _Reader(process, begin, on_line)
             seconds = reader.read(signals, begin + timeout)
             return Finished(seconds, process.wait(), reader.lines)

@@ -4,52 +4,20 @@
  *   START, then "M name count cycles" for each measurement (the best of nine, by the time stamp counter), END cycles
  * and ends by the debug-exit port. */
 
-#include <stdint.h>
-
-typedef uint64_t u64;
-typedef uint32_t u32;
-typedef uint8_t u8;
+#include "bare.h"
 
 #define PAGE 4096ul
 #define ROUNDS 9
-#define TRAMPOLINE 0x8000
 #define CODE 0x4000000ul            /* generated code */
 #define DATA 0x6000000ul            /* 32 MiB in pages of 4 KiB */
 #define DATA_PAGES 8192ul
 #define ABSENT 0x40000000ul         /* no page is there */
 #define IPI 0x40
-#define PASSED 0x10
 
 __asm__(
-    ".section .head, \"ax\"\n.code32\n"
-    "header: .long 0x1badb002, 0x10000, -(0x1badb002 + 0x10000), header, header, image_end, bss_end, start\n"
-    "start: cli\nmov $stack_top, %esp\nmov $roots, %eax\ncall long_mode\nljmp $8, $start64\n"
-    /* eax: the page tables' root */
-    "long_mode: mov %eax, %cr3\nmov %cr4, %eax\nor $0x620, %eax\nmov %eax, %cr4\n"
-    "mov $0xc0000080, %ecx\nrdmsr\nor $0x101, %eax\nwrmsr\n"
-    "push %edi\nmov $roots, %edi\nlea 0x1007(%edi), %eax\nmov %eax, (%edi)\n"
-    "lea 0x2007(%edi), %eax\nmov %eax, 0x1000(%edi)\n"
-    "mov $0x87, %eax\nxor %ecx, %ecx\n1: mov %eax, 0x2000(%edi, %ecx, 8)\nadd $0x200000, %eax\ninc %ecx\n"
-    "cmp $512, %ecx\njb 1b\n"
-    "mov $0xfee00087, %eax\nand $0xffe00087, %eax\nlea 0x3007(%edi), %ecx\nmov %ecx, 0x1018(%edi)\nmov %eax, 0x3fb8(%edi)\n"
-    "pop %edi\nmov %cr0, %eax\nand $0xfffffffb, %eax\nor $0x80000002, %eax\nmov %eax, %cr0\nlgdt gdtr\nret\n"
-    ".balign 8\n.globl gdt\ngdt: .quad 0, 0x00af9b000000ffff, 0x00cf93000000ffff, 0x00cffb000000ffff, 0x00cff3000000ffff\n"
-    ".quad 0x00affb000000ffff, 0, 0\n"
-    "gdtr: .word 63\n.quad gdt\n"
-    ".code16\n.globl trampoline, trampoline_end\ntrampoline: cli\nxor %ax, %ax\nmov %ax, %ds\n"
-    "lgdtl 0x8000 + small_gdtr - trampoline\nmov %cr4, %eax\nor $0x620, %eax\nmov %eax, %cr4\nmov $roots, %eax\n"
-    "mov %eax, %cr3\nmov $0xc0000080, %ecx\nrdmsr\nor $0x101, %eax\nwrmsr\nmov %cr0, %eax\nand $0x9ffffffb, %eax\n"
-    "or $0x80000003, %eax\nmov %eax, %cr0\nljmpl $8, $second64\n"
-    "small_gdtr: .word 63\n.long gdt\ntrampoline_end:\n"
-    ".code64\nstart64: mov $16, %eax\nmov %eax, %ds\nmov %eax, %es\nmov %eax, %ss\nmov $stack_top, %esp\ncall main\n1: hlt\njmp 1b\n"
-    "second64: mov $16, %eax\nmov %eax, %ds\nmov %eax, %es\nmov %eax, %ss\nmov $second_top, %esp\ncall second\n1: hlt\njmp 1b\n"
-    /* exceptions and interrupts */
-    ".globl on_page_fault, on_ipi, on_software, on_other, on_syscall, user, user_end\n"
+    ".globl on_page_fault, on_software, on_syscall, user, user_end\n"
     "on_page_fault: add $8, %rsp\naddq $2, (%rsp)\niretq\n"
     "on_software: iretq\n"
-    "on_other: mov (%rsp), %rdi\nmov 8(%rsp), %rsi\ncall unexpected\n"
-    "on_ipi: push %rax\npush %rcx\npush %rdx\npush %rsi\npush %rdi\npush %r8\npush %r9\npush %r10\npush %r11\ncall received\n"
-    "pop %r11\npop %r10\npop %r9\npop %r8\npop %rdi\npop %rsi\npop %rdx\npop %rcx\npop %rax\niretq\n"
     /* rax: 0 a system call, else back to the kernel */
     "on_syscall: test %eax, %eax\njnz 1f\nsysretq\n1: mov kernel_stack, %rsp\nret\n"
     ".balign 4096\nuser: mov %rdi, %r12\n1: xor %eax, %eax\nsyscall\ndec %r12\njnz 1b\nmov $1, %eax\nsyscall\n"
@@ -63,116 +31,30 @@ __asm__(
     "recursion: dec %rdi\njz 1f\ncall recursion\n1: ret\n"
     ".balign 4096\nelsewhere: ret\n");
 
-extern char trampoline[], trampoline_end[], on_page_fault[], on_ipi[], on_software[], on_other[], on_syscall[];
+HANDLER(on_ipi, received);
+extern char on_page_fault[], on_software[], on_syscall[];
 extern void run_user(u64 count), near_call(u64), far_call(u64), indirect_call(u64), near_jump(u64), recursion(u64);
 extern u64 gdt[];
 
-u64 roots[4 * 512] __attribute__((aligned(4096)));  /* PML4, PDPT, PD of the first GiB, PD of the fourth */
 u64 other_roots[3 * 512] __attribute__((aligned(4096)));
 u64 small_tables[DATA_PAGES] __attribute__((aligned(4096)));
-u64 idt[512] __attribute__((aligned(16)));
 u64 kernel_stack;
-u8 stack[65536] __attribute__((aligned(16))), second_stack[16384] __attribute__((aligned(16)));
-__asm__(".globl stack_top, second_top\nstack_top = stack + 65536\nsecond_top = second_stack + 16384");
 
-static volatile u64 received_count, second_ready, second_mode;
-static int x2apic;
+static volatile u64 received_count, second_mode;
 static u64 random_state = 1;
 
 /* -- the machine ---------------------------------------------------------------------------------------------------- */
 
-static void out8(u32 port, u32 value) { __asm__ volatile("outb %b0, %w1" : : "a"(value), "d"(port)); }
-static u8 in8(u32 port) {
-    u8 value;
-    __asm__ volatile("inb %w1, %0" : "=a"(value) : "d"(port));
-    return value;
-}
-static u64 clock(void) {
-    u32 low, high;
-    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high) : : "memory");
-    return (u64)high << 32 | low;
-}
-static u64 read_msr(u32 number) {
-    u32 low, high;
-    __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(number));
-    return (u64)high << 32 | low;
-}
-static void write_msr(u32 number, u64 value) {
-    __asm__ volatile("wrmsr" : : "c"(number), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
-}
 static void set_cr3(const void *root) { __asm__ volatile("mov %0, %%cr3" : : "r"(root) : "memory"); }
 
-static void put(char c) {
-    while (!(in8(0x3fd) & 0x20))
-        ;
-    out8(0x3f8, (u8)c);
-}
-static void text(const char *s) {
-    while (*s)
-        put(*s++);
-}
-static void number(u64 n) {
-    char digits[20];
-    int at = 0;
-    do
-        digits[at++] = (char)('0' + n % 10);
-    while (n /= 10);
-    while (at)
-        put(digits[--at]);
-}
-static void end(u32 status) {
-    for (;;)
-        out8(0xf4, status);
-}
-void unexpected(u64 first, u64 secnd) {
-    text("UNEXPECTED exception ");
-    number(first), text(" "), number(secnd), text("\r\n");
-    end(PASSED + 1);
-}
 static u64 draw(void) {
     random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
     return random_state;
 }
 
-static void apic_write(u32 reg, u32 value) {
-    if (x2apic)
-        write_msr(0x800 + (reg >> 4), value);
-    else
-        *(volatile u32 *)(0xfee00000ul + reg) = value;
-}
-static void apic_send(u32 target, u32 command) {
-    if (x2apic) {
-        write_msr(0x830, (u64)target << 32 | command);
-    } else {
-        *(volatile u32 *)0xfee00310ul = target << 24;
-        *(volatile u32 *)0xfee00300ul = command;
-    }
-}
-static void apic_enable(void) {
-    u32 a = 1, b, c, d;
-    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "=c"(c), "=d"(d));
-    x2apic = c >> 21 & 1;
-    if (x2apic)
-        write_msr(0x1b, read_msr(0x1b) | 0xc00);
-    apic_write(0xf0, 0x1ff);
-}
-
 void received(void) {
     apic_write(0xb0, 0);
     received_count = received_count + 1;
-}
-
-static void gate(int vector, const char *handler) {
-    u64 at = (u64)handler;
-    idt[2 * vector] = (at & 0xffff) | 8ul << 16 | 0x8eul << 40 | (at >> 16 & 0xffff) << 48;
-    idt[2 * vector + 1] = at >> 32;
-}
-static void load_idt(void) {
-    struct __attribute__((packed)) {
-        uint16_t limit;
-        u64 base;
-    } table = {sizeof idt - 1, (u64)idt};
-    __asm__ volatile("lidt %0" : : "m"(table));
 }
 
 void second(void) {
@@ -186,12 +68,6 @@ void second(void) {
         else if (second_mode == 1)
             __asm__ volatile("hlt");
     }
-}
-
-static void wait(u64 cycles) {
-    u64 start = clock();
-    while (clock() - start < cycles)
-        __asm__ volatile("pause");
 }
 
 /* -- measuring ------------------------------------------------------------------------------------------------------ */
@@ -365,25 +241,9 @@ static void waits(u64 count) {
         wait(20000);
 }
 
-static void start_second(void) {
-    for (char *from = trampoline; from < trampoline_end; from++)
-        ((volatile char *)TRAMPOLINE)[from - trampoline] = *from;
-    apic_send(1, 0x4500);
-    wait(30000000);
-    apic_send(1, 0x4600 | TRAMPOLINE >> 12);
-    for (u64 start = clock(); !second_ready && clock() - start < 10000000000ul;)
-        __asm__ volatile("pause");
-    if (!second_ready) {
-        text("UNEXPECTED no second processor\r\n");
-        end(PASSED + 1);
-    }
-}
-
 static void set_up(void) {
-    for (int vector = 0; vector < 256; vector++)
-        gate(vector, on_other);
+    set_gates();
     gate(14, on_page_fault), gate(IPI, on_ipi), gate(0x41, on_software);
-    load_idt();
     write_msr(0xc0000081, 0x18ul << 48 | 8ul << 32);
     write_msr(0xc0000082, (u64)on_syscall);
     write_msr(0xc0000084, 0x700);

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import iced_x86
@@ -23,8 +24,11 @@ import console  # noqa: E402 - these are found by the path above
 import devices  # noqa: E402
 import engine  # noqa: E402
 import guests  # noqa: E402
+import host  # noqa: E402
+import interrupts  # noqa: E402
 import many  # noqa: E402
 import results  # noqa: E402
+import sides  # noqa: E402
 from console import Measured, parse, workload_started  # noqa: E402
 from processes import BenchError, Finished, Line, Signals, run_to_end  # noqa: E402
 from results import Samples, Speedups, geometric_mean, make_row, report, write_json  # noqa: E402
@@ -365,11 +369,11 @@ def test_a_figure_says_whether_its_target_is_reached() -> None:
 
 
 def test_processor_time_is_that_of_all_threads() -> None:
-    before = devices.cpu_seconds(os.getpid())
+    before = host.cpu_seconds(os.getpid())
     start = time.thread_time()
     while time.thread_time() - start < 0.05:
         pass
-    assert 0.04 < devices.cpu_seconds(os.getpid()) - before < 5
+    assert 0.04 < host.cpu_seconds(os.getpid()) - before < 5
 
 
 # -- the engine --------------------------------------------------------------------------------------------------------
@@ -409,16 +413,34 @@ def test_a_guest_of_the_engine_that_is_not_whole_is_an_error(
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc, which compiles the guest, is not installed")
-def test_the_guest_of_the_engine_is_a_multiboot_image(tmp_path: Path) -> None:
-    header = find_header(guests.compile_flat("engine", tmp_path).read_bytes())
+@pytest.mark.parametrize("name", ["engine", "interrupts"])
+def test_a_guest_without_an_operating_system_is_a_multiboot_image(name: str, tmp_path: Path) -> None:
+    header = find_header(guests.compile_flat(name, tmp_path).read_bytes())
     assert header is not None
     assert (header.offset, header.load_addr, header.header_addr) == (0, 0x100000, 0x100000)
 
 
-def test_what_the_engine_measures_is_documented() -> None:
+@pytest.mark.parametrize(("title", "names"), [("Single operations", engine.NAMES), ("Interrupts", interrupts.NAMES)])
+def test_what_such_a_guest_measures_is_documented(title: str, names: Sequence[str]) -> None:
     text = (BENCH.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    section = text.partition("## Single operations")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| (\w+) \| [\d,.]+ \| [\d,.]+ \|", section, re.MULTILINE) == list(engine.NAMES)
+    section = text.partition(f"## {title}")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (\w+) \| [\d,.]+ \| (?:[\d,.]+|-) \|", section, re.MULTILINE) == list(names)
+
+
+def test_a_tick_takes_its_part_of_the_processor_time_between_the_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = iter([1.0, 1.5])
+    monkeypatch.setattr(host, "cpu_seconds", lambda pid: next(spent))
+    meter = interrupts.TickMeter()
+    meter.start(1)
+    for text in ("T tick_pit\r", "M eoi 1 5", "D tick_pit 1000\r"):
+        meter.line(text)
+    assert meter.nanoseconds == {"tick_pit": pytest.approx(500_000.0)}
+
+
+def test_what_a_side_lacks_is_left_out() -> None:
+    row = sides.Row("eoi_x2apic", 100.0, None)
+    assert row.to_json() == {"name": "eoi_x2apic", "pyhyve_ns": 100.0, "qemu_ns": None, "vs_qemu": None}
+    assert sides.markdown([row], {"eoi_x2apic": "what"}).splitlines()[-1] == "| eoi_x2apic | 100.0 | - | - | what |"
 
 
 # -- many guests -------------------------------------------------------------------------------------------------------
