@@ -113,9 +113,10 @@ def port_accesses(instruction: str) -> float:
     """Return accesses a second of a guest that does nothing else."""
     from pyhyve.bhyve.boot import longmode
     from pyhyve.cpu import select as processors
+    from pyhyve.vmm.topology import Topology
     from pyhyve.vmm.vm import Suspend, Vm
 
-    vm = Vm(f"bench-{os.getpid()}", processors.processor("bt"), 1)
+    vm = Vm(f"bench-{os.getpid()}", processors.processor("bt"), Topology())
     try:
         vm.map_ram(0, 16 * MIB)
         latch, mark = Latch(), Mark(lambda: vm.suspend(Suspend.POWEROFF))

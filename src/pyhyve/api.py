@@ -1,7 +1,7 @@
 """The Python API: a machine in one call, its console, its registers and memory, its outcome."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,8 +23,9 @@ class Machine:
 
     `kernel` is a Linux kernel, a Multiboot image or a PVH kernel; `modules` ("FILE ARGUMENTS") are for the latter two.
     `lpc` names devices as `-l` does ("isa-debug-exit,iobase=0xf4"); `fwcfg` gives fw_cfg's files by name.
-    `memory` is bytes or text ("256M"); `console` is "capture" (see `.console`), one of the command line's ("stdio",
-    "pty", "file:PATH", "none") or an object of your own. UsageError and HostError, one line each, where it cannot be.
+    `memory` is bytes or text ("256M"), `cpus` a number or text ("4,cores=2,threads=2"). `console` is "capture" (see
+    `.console`), one of the command line's ("stdio", "pty", "file:PATH", "none") or an object of your own. UsageError
+    and HostError, one line each, where it cannot be.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Machine:
         append: str | None = None,
         modules: Sequence[str] = (),
         memory: str | int = config.DEFAULT_MEMORY,
-        cpus: int = 1,
+        cpus: int | str = 1,
         console: str | Console = "capture",
         name: str | None = None,
         processor: str = "auto",
@@ -44,7 +45,7 @@ class Machine:
         kaslr: bool = False,
         lpc: Sequence[str] = (),
         fwcfg: Mapping[str, str | bytes] | None = None,
-        pins: Mapping[int, frozenset[int]] | None = None,
+        pins: Mapping[int, Iterable[int]] | None = None,
         hang_seconds: float = config.DEFAULT_HANG_SECONDS,
         timing: bool = False,
     ) -> None:
@@ -54,7 +55,7 @@ class Machine:
             append=append,
             modules=tuple(map(config.parse_module, modules)),
             memory=config.parse_size(memory, "memory") if isinstance(memory, str) else memory,
-            cpus=cpus,
+            topology=config.parse_cpus(str(cpus), "cpus"),
             name=name,
             processor=processor,
             code_cache=config.parse_size(code_cache, "code_cache") if isinstance(code_cache, str) else code_cache,
@@ -64,7 +65,7 @@ class Machine:
             kaslr=kaslr,
             lpc=tuple(map(parse_lpc, lpc)),
             fwcfg=tuple(_fwcfg_file(name, data) for name, data in (fwcfg or {}).items()),
-            pins=pins or {},
+            pins={vcpu: frozenset(cpus) for vcpu, cpus in (pins or {}).items()},
             hang_seconds=hang_seconds,
         )
         self._console = _console(console)

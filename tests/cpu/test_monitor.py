@@ -26,6 +26,7 @@ from harness import (
 )
 
 from pyhyve.cpu.processor import Processor, Segment
+from pyhyve.vmm.topology import Topology
 from pyhyve.vmm.vm import Suspend, Vm
 
 END = 0x80
@@ -59,7 +60,7 @@ class Guest:
     """64-bit code at CODE, in ring 0; 4 KiB pages below 2 MiB, one large page at the local APIC."""
 
     def __init__(self, processor: Processor) -> None:
-        self.vm = vm = Vm("test", processor, 1)
+        self.vm = vm = Vm("test", processor, Topology())
         vm.map_ram(0, 8 << 20)
         self.ports = Ports(vm)
         self.cpu = cpu = vm.vcpus[0].backend

@@ -16,6 +16,7 @@ from pyhyve.cpu.processor import GPR_NAMES
 from pyhyve.vmm.cpufeatures import parse_cpu_features, without
 from pyhyve.vmm.cpuid import CpuidPolicy
 from pyhyve.vmm.hostcpu import cpuid as host_cpuid
+from pyhyve.vmm.topology import Topology
 
 C_INVALID, C_BRANCH, C_STACK, C_SYSTEM = 0, 3, 4, 6
 END: Final = bytes((0xE6, DONE_PORT, 0xF4))
@@ -100,7 +101,7 @@ class Runner:
         engine = engine_called("bt")
         assert not isinstance(engine, str)
         host, capabilities = without(host_cpuid, engine.capabilities(), parse_cpu_features(switches))
-        self.policy = CpuidPolicy(host, capabilities, 1, 2_000_000, 1_000_000)
+        self.policy = CpuidPolicy(host, capabilities, Topology(), 2_000_000, 1_000_000)
         self.features = feature_mask(self.policy.entries(0))
         self.machine = Machine("bt")
         self.machine.vcpu.set_cpuid(self.policy.entries(0))

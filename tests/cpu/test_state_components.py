@@ -11,6 +11,7 @@ from harness import CODE, DATA, Machine, Outcome, engine_called, host_flags, run
 from pyhyve.cpu.processor import CpuidEntry
 from pyhyve.vmm.cpuid import CpuidPolicy
 from pyhyve.vmm.hostcpu import cpuid as host_cpuid
+from pyhyve.vmm.topology import Topology
 
 PAGE = 4096
 PKE = 1 << 22
@@ -22,7 +23,7 @@ def offered() -> list[CpuidEntry]:
     """What a guest of this engine sees on this host."""
     engine = engine_called("bt")
     assert not isinstance(engine, str)
-    return CpuidPolicy(host_cpuid, engine.capabilities(), 1, 2_000_000, 1_000_000).entries(0)
+    return CpuidPolicy(host_cpuid, engine.capabilities(), Topology(), 2_000_000, 1_000_000).entries(0)
 
 
 def has(leaf: int, subleaf: int, register: str, bit: int) -> bool:

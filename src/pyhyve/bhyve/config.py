@@ -1,5 +1,6 @@
 """What a machine is made of: a frozen, checked description, and the parsers of what users type."""
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,15 @@ from pyhyve.bhyve.boot.files import BootFiles, ModuleFile
 from pyhyve.bhyve.layout import IOAPIC_PIN_CHOICES, IOAPIC_PINS, MIB, MIN_RAM, PAGE_SIZE
 from pyhyve.bhyve.lpc.options import FwCfgFile, FwCfgOptions, LpcOptions
 from pyhyve.cpu.processor import DEFAULT_CODE_CACHE, MAX_CODE_CACHE, MIN_CODE_CACHE
+from pyhyve.vmm.topology import Topology
 
 DEFAULT_MEMORY: Final = 256 * MIB
 DEFAULT_HANG_SECONDS: Final = 20.0
 MAX_CPUS: Final = 254
-"""APIC ids 0 to 253: 255 is the broadcast, and 254 is left to the I/O APIC of guests that number them together."""
+"""8-bit APIC ids but 255, the broadcast, and 254, left to the I/O APIC of guests that number them together."""
 
+CPU_SETTINGS: Final = ("cpus", "sockets", "cores", "threads")
+_ONE: Final = Topology()
 _UNITS: Final = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE | re.ASCII)
 """Python refuses to convert thousands of digits, and nobody means them."""
@@ -43,6 +47,44 @@ def format_size(size: int) -> str:
         if size >= 1 << _UNITS[unit]:
             return f"{size / (1 << _UNITS[unit]):g}{unit}"
     return f"{size >> 10}K"
+
+
+def parse_cpus(text: str, option: str = "-c") -> Topology:
+    """Return the topology for "4" or "[[cpus=]N][,sockets=N][,cores=N][,threads=N]"; the last of a kind counts.
+
+    What is left out is 1, but for the first of cores, sockets and threads, which takes what the number of processors
+    asks for. UsageError, one line, for anything else.
+    """
+    given: dict[str, int] = {}
+    for position, word in enumerate(text.split(",")):
+        name, equals, value = word.partition("=")
+        if not equals:
+            name, value = "cpus" if position == 0 else "", word
+        if name not in CPU_SETTINGS:
+            raise UsageError(f"{option} {text}: {word!r} is no setting; there are {', '.join(CPU_SETTINGS)}")
+        if not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise UsageError(f"{option} {text}: not a number; write how many processors, for instance {option} 2")
+        given[name] = int(value)
+        if name != "cpus" and given[name] < 1:
+            raise UsageError(f"{option} {word}: there is at least 1 of each; write a number from 1 on")
+    cpus = given.pop("cpus", None)
+    if cpus is None:
+        return Topology(**given)
+    _check_cpu_count(cpus, option)
+    group = math.prod(given.values())
+    rest = next((name for name in ("cores", "sockets", "threads") if name not in given), None)
+    if cpus % group or (rest is None and cpus != group):
+        parts = " times ".join(f"{name}={count}" for name, count in given.items())
+        wanted = f"is not {cpus}" if rest is None else f"does not divide {cpus}"
+        raise UsageError(f"{option} {text}: {parts} {wanted}; leave out what may follow from the rest")
+    if rest is not None:
+        given[rest] = cpus // group
+    return Topology(**given)
+
+
+def _check_cpu_count(cpus: int, option: str = "-c") -> None:
+    if not 1 <= cpus <= MAX_CPUS:
+        raise UsageError(f"{option} {cpus}: a machine has 1 to {MAX_CPUS} processors")
 
 
 def parse_pin(text: str, option: str = "-p") -> tuple[int, int]:
@@ -73,7 +115,8 @@ class MachineConfig:
     """Files for a Multiboot or PVH kernel, behind the initrd."""
     memory: int = DEFAULT_MEMORY
     """RAM in bytes."""
-    cpus: int = 1
+    topology: Topology = _ONE
+    """How many processors, in how many sockets, cores and threads."""
     name: str | None = None
     """None: a name of its own that nobody else takes."""
     processor: str = "auto"
@@ -120,6 +163,10 @@ class MachineConfig:
                 raise UsageError(f"-f {file.name}: there is such a file already; give each name once")
 
     @property
+    def cpus(self) -> int:
+        return self.topology.cpus
+
+    @property
     def files(self) -> BootFiles:
         """What the guest begins with."""
         la57 = self.cpu_features.get("la57", False)
@@ -135,8 +182,7 @@ class MachineConfig:
             raise UsageError(f"-m {self.memory}: not a multiple of {PAGE_SIZE} bytes; write MiB, as in 256M")
 
     def _check_cpus(self) -> None:
-        if not 1 <= self.cpus <= MAX_CPUS:
-            raise UsageError(f"-c {self.cpus}: a machine has 1 to {MAX_CPUS} processors")
+        _check_cpu_count(self.cpus)
         host = os.sched_getaffinity(0)
         for vcpu, cpus in self.pins.items():
             if not 0 <= vcpu < self.cpus:

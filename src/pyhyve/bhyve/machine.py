@@ -83,6 +83,11 @@ class VcpuView:
         with self._vm.stopped():
             return self._vcpu.backend.translate(gla)
 
+    @property
+    def host_cpus(self) -> frozenset[int]:
+        """The host CPUs that its thread may run on: those that it is pinned to, or all of the process's."""
+        return self._vcpu.host_cpus
+
 
 class Machine:
     """A built machine: `start()`, `wait()`, `close()`, or all of it by `run()`. A context manager that closes.
@@ -107,7 +112,7 @@ class Machine:
         with contextlib.ExitStack() as undo:
             self._lock = NameLock(config.name or own_name(self))
             undo.callback(self._lock.release)
-            self.vm = Vm(self._lock.name, engine, config.cpus, timing=timing, cpu_features=config.cpu_features)
+            self.vm = Vm(self._lock.name, engine, config.topology, timing=timing, cpu_features=config.cpu_features)
             undo.callback(self.vm.close)
             self.vm.hang_ns = int(config.hang_seconds * 1e9)
             self.vm.on_suspend = self._on_suspend
@@ -142,7 +147,8 @@ class Machine:
         for device in self.config.lpc:
             self._add_lpc(device)
         has_fwcfg = any(isinstance(device, FwCfgOptions) for device in self.config.lpc)
-        for gpa, table in build_acpi(self.config.cpus, high, fwcfg=has_fwcfg, ioapic_pins=self.config.ioapic_pins):
+        apic_ids, pins = self.config.topology.apic_ids, self.config.ioapic_pins
+        for gpa, table in build_acpi(apic_ids, high, fwcfg=has_fwcfg, ioapic_pins=pins):
             vm.memory.write(gpa, table)
         self._boot(load_kernel(vm.memory, self.config.files, low, high, rsdp=layout.RSDP))
         _release_heap()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyhyve.base.parser import Namespace, Parser
+from pyhyve.bhyve.config import CPU_SETTINGS
 from pyhyve.bhyve.lpc.options import LPC_DEVICES
 from pyhyve.vmm.cpufeatures import FEATURES
 
@@ -39,6 +40,8 @@ def _argument(action: argparse.Action) -> Argument:
     choices = tuple(str(choice) for choice in action.choices or ())
     if "--console" in action.option_strings:
         choices = _CONSOLES
+    if "--cpus" in action.option_strings:
+        choices = tuple(f"{name}=" for name in CPU_SETTINGS)
     if "--lpc" in action.option_strings:
         choices = (*LPC_DEVICES, "help")
     if "--cpu-feature" in action.option_strings:

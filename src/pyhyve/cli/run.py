@@ -31,10 +31,21 @@ def add_arguments(parser: Parser) -> None:
         help="'FILE ARGUMENTS': a module for a Multiboot or PVH kernel; may be repeated",
     )
     parser.add_argument("--append", metavar="STR", help="kernel command line (console=ttyS0 for Linux)")
-    parser.add_argument("-c", "--cpus", metavar="N", default="1", help="virtual processors (%(default)s)")
+    parser.add_argument(
+        "-c",
+        "--cpus",
+        metavar="N",
+        default="1",
+        help="virtual processors: N, or [cpus=N][,sockets=N][,cores=N][,threads=N] (%(default)s)",
+    )
     parser.add_argument("-m", "--memory", metavar="SIZE", default="256M", help="memory (%(default)s)")
     parser.add_argument(
-        "-p", "--pin", metavar="VCPU:CPU", action="append", default=[], help="pin a vCPU to a host CPU; may be repeated"
+        "-p",
+        "--pin",
+        metavar="VCPU:CPU",
+        action="append",
+        default=[],
+        help="let a vCPU run on this host CPU only; repeats add up",
     )
     parser.add_argument("--name", metavar="NAME", help="the VM's name; two of one name do not run together")
     parser.add_argument(
@@ -121,15 +132,11 @@ def run(arguments: Namespace) -> int:
     if arguments.timeout is not None:
         timeout = seconds(arguments.timeout, "--timeout")
     hang = seconds(arguments.hang, "--hang")
-    try:
-        cpus = int(arguments.cpus)
-    except ValueError:
-        raise UsageError(f"-c {arguments.cpus}: not a number; write how many processors, for instance -c 2") from None
 
     from pyhyve.vmm import hostcpu
 
     hostcpu.start_measuring()  # while the rest is loaded
-    from pyhyve.bhyve.config import MachineConfig, parse_module, parse_pin, parse_size
+    from pyhyve.bhyve.config import MachineConfig, parse_cpus, parse_module, parse_pin, parse_size
     from pyhyve.bhyve.console import open_console
     from pyhyve.bhyve.lpc.options import parse_fwcfg_file, parse_lpc
     from pyhyve.cli.session import run_machine
@@ -145,7 +152,7 @@ def run(arguments: Namespace) -> int:
         append=arguments.append,
         modules=tuple(map(parse_module, arguments.module)),
         memory=parse_size(arguments.memory),
-        cpus=cpus,
+        topology=parse_cpus(arguments.cpus),
         name=arguments.name,
         processor=arguments.processor,
         code_cache=parse_size(arguments.code_cache, "--code-cache"),

@@ -11,6 +11,7 @@ from typing import Final
 
 from pyhyve.cpu.processor import Capabilities, CpuidEntry
 from pyhyve.vmm.hostcpu import CpuidFunction, signature
+from pyhyve.vmm.topology import Topology
 
 HYPERVISOR_BASE: Final = 0x4000_0000
 HYPERVISOR_TIMING: Final = 0x4000_0010
@@ -115,7 +116,13 @@ ARCH_CAPABILITIES_IMMUNE: Final = _bits(0, 1, 3, 4, 5, 6, 8, 13, 14, 15, 20, 24,
 """IA32_ARCH_CAPABILITIES: RDCL_NO IBRS_ALL SKIP_L1DFL SSB_NO MDS_NO PSCHANGE_MC_NO TAA_NO SBDR_SSDP_NO FBSDP_NO
 PSDP_NO BHI_NO PBRSB_NO GDS_NO RFDS_NO ITS_NO."""
 
-_MAX_BASIC: Final = 0x16
+_E1_ECX_TOPOLOGY: Final = _bits(22)
+"""AMD's leaves 8000_001DH and 8000_001EH."""
+
+_LEVEL_SMT: Final = 1 << 8
+_LEVEL_CORE: Final = 2 << 8
+_CACHES: Final = 8
+_MAX_BASIC: Final = 0x1F
 _MAX_EXTENDED: Final = 0x8000_0021
 
 
@@ -170,7 +177,7 @@ class CpuidPolicy:
 
     host: CpuidFunction
     capabilities: Capabilities
-    cpus: int
+    topology: Topology
     tsc_khz: int
     apic_bus_khz: int
 
@@ -203,8 +210,8 @@ class CpuidPolicy:
         return 36
 
     def entries(self, apic_id: int) -> list[CpuidEntry]:
-        """Return the answers of the vCPU with this APIC id (0 to 254)."""
-        return [*self._basic(apic_id), *self._hypervisor(), *self._extended()]
+        """Return the answers of the vCPU with this APIC id, one of the topology's."""
+        return [*self._basic(apic_id), *self._hypervisor(), *self._extended(apic_id)]
 
     def reported(self) -> dict[tuple[int, int], dict[str, int]]:
         """Return the answers by (leaf, subleaf) and register."""
@@ -214,7 +221,7 @@ class CpuidPolicy:
         }
 
     def _basic(self, apic_id: int) -> Iterator[CpuidEntry]:
-        host, cpus = self.host, self.cpus
+        host, topology = self.host, self.topology
         pcid = NOTE_PCID in self.capabilities.notes
         avx512 = NOTE_AVX512 in self.capabilities.notes and self.xcr0 & 0xE0 == 0xE0
 
@@ -227,15 +234,15 @@ class CpuidPolicy:
             ecx_pass &= ~_bits(12, 28, 29)  # FMA, AVX and F16C are of no use without AVX state
         if not self.xcr0:
             ecx_pass &= ~_bits(26)
-        leaf1_edx = edx & _L1_EDX_PASS | (_L1_EDX_HTT if cpus > 1 else 0)
-        clflush = ebx & 0xFF00
-        yield CpuidEntry(
-            1, None, eax, apic_id << 24 | min(cpus, 255) << 16 | clflush, ecx & ecx_pass | _L1_ECX_SHOW, leaf1_edx
-        )
+        leaf1_edx = edx & _L1_EDX_PASS | (_L1_EDX_HTT if topology.package > 1 else 0)
+        # Intel counts the ids that a package may have, AMD the processors that it has.
+        package = 1 << topology.package_shift if self.intel else topology.package
+        ebx = (apic_id & 0xFF) << 24 | min(package, 255) << 16 | ebx & 0xFF00  # CLFLUSH's line
+        yield CpuidEntry(1, None, eax, ebx, ecx & ecx_pass | _L1_ECX_SHOW, leaf1_edx)
 
         if self.intel:
             yield CpuidEntry(2, None, *host(2, 0))
-            yield from self._intel_caches()
+            yield from self._caches(4)
         yield CpuidEntry(6, None, 1 << 2, 0, 0, 0)  # ARAT: the APIC timer never stops
 
         _, ebx, ecx, edx = host(7, 0)
@@ -253,10 +260,10 @@ class CpuidPolicy:
         eax = sub1[0] & (_L7_1_EAX_PASS | (_L7_1_EAX_AVX512 if avx512 else 0))
         yield CpuidEntry(7, 1, *((eax, 0, 0, sub1[3] & _L7_1_EDX_PASS) if self.xcr0 & 4 else (0, 0, 0, 0)))
 
-        # One thread a core, all cores in one package: level 0 (SMT) holds one, level 1 (core) all.
-        shift = max(0, (cpus - 1).bit_length())
-        yield CpuidEntry(0xB, 0, 0, 1, 1 << 8 | 0, apic_id)
-        yield CpuidEntry(0xB, 1, shift, cpus, 2 << 8 | 1, apic_id)
+        for leaf in (0xB, 0x1F):
+            yield CpuidEntry(leaf, 0, topology.core_shift, topology.threads, _LEVEL_SMT, apic_id)
+            yield CpuidEntry(leaf, 1, topology.package_shift, topology.package, _LEVEL_CORE | 1, apic_id)
+            yield CpuidEntry(leaf, 2, 0, 0, 2, apic_id)
 
         if self.xcr0:
             yield from self._xsave()
@@ -268,16 +275,17 @@ class CpuidPolicy:
         mhz = round(self.tsc_khz / 1000)
         yield CpuidEntry(0x16, None, mhz, mhz, 100, 0)
 
-    def _intel_caches(self) -> Iterator[CpuidEntry]:
-        """Leaf 4 with the sharing of caches and cores replaced by this VM's."""
-        cores = max(0, (1 << (self.cpus - 1).bit_length()) - 1)
-        for subleaf in range(8):
-            eax, ebx, ecx, edx = self.host(4, subleaf)
+    def _caches(self, leaf: int) -> Iterator[CpuidEntry]:
+        """The host's caches by leaf 4 (AMD: 8000_001DH), shared as here: the first two levels are a core's own."""
+        topology = self.topology
+        cores = min((1 << topology.package_shift - topology.core_shift) - 1, 0x3F) << 26 if self.intel else 0
+        for subleaf in range(_CACHES):
+            eax, ebx, ecx, edx = self.host(leaf, subleaf)
             if eax & 0x1F == 0:
                 break
-            level = eax >> 5 & 7
-            shared = cores if level >= 3 else 0
-            yield CpuidEntry(4, subleaf, eax & 0x3FFF | (shared & 0xFFF) << 14 | (cores & 0x3F) << 26, ebx, ecx, edx)
+            shift = topology.package_shift if eax >> 5 & 7 >= 3 else topology.core_shift
+            sharing = min((1 << shift) - 1, 0xFFF) << 14
+            yield CpuidEntry(leaf, subleaf, eax & 0x3FFF | sharing | cores, ebx, ecx, edx)
 
     def _xsave(self) -> Iterator[CpuidEntry]:
         """Leaf 0DH. The engine keeps EBX of subleaf 0 (the size for the present XCR0) itself where it can."""
@@ -308,20 +316,20 @@ class CpuidPolicy:
         yield CpuidEntry(PV_FEATURES, None, PV_NOP_IO_DELAY | PV_CLOCKSOURCE2 | PV_CLOCKSOURCE_STABLE, 0, 0, 0)
         yield CpuidEntry(PV_TIMING, None, self.tsc_khz, self.apic_bus_khz, 0, 0)
 
-    def _extended(self) -> Iterator[CpuidEntry]:
-        host, intel = self.host, self.intel
+    def _extended(self, apic_id: int) -> Iterator[CpuidEntry]:
+        host, intel, topology = self.host, self.intel, self.topology
         _, ebx, ecx, edx = host(0x8000_0000, 0)
         yield CpuidEntry(0x8000_0000, None, 0x8000_0008 if intel else _MAX_EXTENDED, ebx, ecx, edx)
 
         eax, ebx, ecx, edx = host(0x8000_0001, 0)
         edx_pass, ecx_pass = _E1_EDX_PASS, _E1_ECX_PASS
-        copies = 0
+        copies = shown = 0
         if not intel:
             copies = host(1, 0)[3] & _E1_EDX_COPIES
-            ecx_pass |= _E1_ECX_CMP_LEGACY if self.cpus > 1 else 0
+            shown = _E1_ECX_TOPOLOGY | (_E1_ECX_CMP_LEGACY if topology.package > 1 else 0)
         if not self.capabilities.ept_1g and self.hardware:
             edx_pass &= ~_bits(26)
-        yield CpuidEntry(0x8000_0001, None, eax, 0 if intel else ebx, ecx & ecx_pass, edx & edx_pass | copies)
+        yield CpuidEntry(0x8000_0001, None, eax, 0 if intel else ebx, ecx & ecx_pass | shown, edx & edx_pass | copies)
 
         for leaf in (0x8000_0002, 0x8000_0003, 0x8000_0004):
             yield CpuidEntry(leaf, None, *host(leaf, 0))
@@ -335,8 +343,14 @@ class CpuidPolicy:
             yield CpuidEntry(0x8000_0008, None, address_bits, 0, 0, 0)
             return
         immune = ebx & _E8_EBX_HARDWARE if self.hardware else _E8_EBX_IMMUNE
-        threads = self.cpus - 1 | max(0, (self.cpus - 1).bit_length()) << 12
+        threads = min(topology.package - 1, 0xFF) | topology.package_shift << 12
         yield CpuidEntry(0x8000_0008, None, address_bits, ebx & _E8_EBX_PASS | immune, threads, 0)
+        if host(0x8000_0000, 0)[0] >= 0x8000_001D:
+            yield from self._caches(0x8000_001D)
+        core = apic_id >> topology.core_shift & (1 << topology.package_shift - topology.core_shift) - 1
+        yield CpuidEntry(
+            0x8000_001E, None, apic_id, topology.threads - 1 << 8 | core, apic_id >> topology.package_shift, 0
+        )
         eax, _, ecx, _ = host(0x8000_0021, 0) if host(0x8000_0000, 0)[0] >= 0x8000_0021 else (0, 0, 0, 0)
         if self.hardware:
             yield CpuidEntry(0x8000_0021, None, eax & (_E21_EAX_PASS | _E21_EAX_HARDWARE), 0, ecx & _E21_ECX_IMMUNE, 0)

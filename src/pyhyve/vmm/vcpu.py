@@ -175,6 +175,14 @@ class Vcpu:
         if self.native_id:
             self._apply_affinity()
 
+    @property
+    def host_cpus(self) -> frozenset[int]:
+        """The host CPUs that it may run on: as its thread has it, once there is one."""
+        if self.native_id:
+            with suppress(ProcessLookupError):  # the thread has ended
+                return frozenset(os.sched_getaffinity(self.native_id))
+        return self._affinity if self._affinity is not None else frozenset(os.sched_getaffinity(0))
+
     # -- on the vCPU's thread ------------------------------------------------------------------------------------------
 
     def begin_thread(self, name: str) -> None:

@@ -25,6 +25,7 @@ from pyhyve.vmm.io.vlapic import APIC_BUS_HZ, Vlapic
 from pyhyve.vmm.memory.vmspace import Vmspace
 from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.runloop import Emulator, RunLoop, dump_registers
+from pyhyve.vmm.topology import Topology
 from pyhyve.vmm.tsc import GuestTsc, PvClock
 from pyhyve.vmm.vcpu import HALTED, RUNNING, WAIT_SIPI, SingleSteps, Vcpu
 
@@ -90,7 +91,7 @@ class Vm:
         self,
         name: str,
         processor: Processor,
-        cpus: int,
+        topology: Topology,
         *,
         timing: bool = False,
         cpu_features: Mapping[str, bool] | None = None,
@@ -132,26 +133,26 @@ class Vm:
         self._watchdog_exits: list[int] = []
         self._watchdog_since = 0
         try:
-            self._make_vcpus(cpus, cpu_features or {})
+            self._make_vcpus(topology, cpu_features or {})
         except BaseException:
             self.close()
             raise
 
-    def _make_vcpus(self, cpus: int, cpu_features: Mapping[str, bool]) -> None:
+    def _make_vcpus(self, topology: Topology, cpu_features: Mapping[str, bool]) -> None:
         rdtsc = hostcpu.rdtsc_function()
         khz = hostcpu.tsc_khz()
         host, capabilities = without(self._host_cpuid, self.capabilities, cpu_features)
-        policy = CpuidPolicy(host, capabilities, cpus, khz, APIC_BUS_HZ // 1000)
+        policy = CpuidPolicy(host, capabilities, topology, khz, APIC_BUS_HZ // 1000)
         check_wanted(cpu_features, policy.reported(), self.capabilities.name)
         self.tsc_khz = khz
         self._tsc_start = rdtsc()
-        for index in range(cpus):
+        for index, apic_id in enumerate(topology.apic_ids):
             backend = self.processor.create_vcpu(index)
             vcpu = Vcpu(index, backend, self.memory.pmap, self._extint_pending if index == 0 else None)
             tsc = GuestTsc(backend, rdtsc, khz)
             tsc.set_offset(-self._tsc_start)
             vlapic = Vlapic(
-                index,
+                apic_id,
                 self.apic_bus,
                 self.clock,
                 self.timers,
@@ -175,7 +176,7 @@ class Vm:
                 phys_bits=policy.physical_bits,
             )
             vcpu.msrs.share_task_priority(vcpu.read_apic_msr, vcpu.write_apic_msr)
-            entries: Sequence[CpuidEntry] = policy.entries(index)
+            entries: Sequence[CpuidEntry] = policy.entries(apic_id)
             backend.set_cpuid(entries)
             loop = RunLoop(self, vcpu, self.ports, self.mmio, self.memory, self.lock, _emulator, entries)
             self.vcpus.append(vcpu)

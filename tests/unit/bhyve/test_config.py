@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from pyhyve.base.errors import UsageError
-from pyhyve.bhyve.config import MachineConfig, format_size, parse_pin, parse_size
+from pyhyve.bhyve.config import MachineConfig, format_size, parse_cpus, parse_pin, parse_size
+from pyhyve.vmm.topology import Topology
 
 MIB = 1 << 20
 
@@ -48,6 +49,49 @@ def test_sizes_are_shown_as_they_are_written():
     assert [format_size(n) for n in (256 * MIB, 1536 * MIB, 3 << 40, 4096)] == ["256M", "1.5G", "3T", "4K"]
 
 
+@pytest.mark.parametrize(
+    ("text", "sockets", "cores", "threads"),
+    [
+        ("1", 1, 1, 1),
+        ("4", 1, 4, 1),
+        ("cpus=4", 1, 4, 1),
+        ("cpus=4,sockets=1,cores=2,threads=2", 1, 2, 2),
+        ("threads=2,cores=2", 1, 2, 2),
+        ("sockets=3", 3, 1, 1),
+        ("8,threads=2", 1, 4, 2),
+        ("8,cores=2", 4, 2, 1),
+        ("8,sockets=2,cores=2", 2, 2, 2),
+        ("8,sockets=4,sockets=2,threads=2", 2, 2, 2),
+    ],
+)
+def test_processors(text, sockets, cores, threads):
+    assert parse_cpus(text) == Topology(sockets, cores, threads)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("two", "-c two: not a number; write how many processors, for instance -c 2"),
+        ("4,core=2", "-c 4,core=2: 'core=2' is no setting; there are cpus, sockets, cores, threads"),
+        ("4,2", "-c 4,2: '2' is no setting; there are cpus, sockets, cores, threads"),
+        ("", "-c : not a number; write how many processors, for instance -c 2"),
+        ("4,cores=", "-c 4,cores=: not a number; write how many processors, for instance -c 2"),
+        ("4,cores=0", "-c cores=0: there is at least 1 of each; write a number from 1 on"),
+        ("-1,cores=2", "-c -1: a machine has 1 to 254 processors"),
+        (
+            "4,sockets=2,cores=2,threads=2",
+            "-c 4,sockets=2,cores=2,threads=2: sockets=2 times cores=2 times threads=2 is not 4; "
+            "leave out what may follow from the rest",
+        ),
+        ("6,threads=4", "-c 6,threads=4: threads=4 does not divide 6; leave out what may follow from the rest"),
+    ],
+)
+def test_processors_that_do_not_come_out_are_refused_in_one_line(text, line):
+    with pytest.raises(UsageError) as error:
+        parse_cpus(text)
+    assert str(error.value) == line
+
+
 def test_pinning():
     assert parse_pin("3:1") == (3, 1)
     with pytest.raises(UsageError, match="-p 3: not a pinning"):
@@ -63,8 +107,8 @@ def test_pinning():
         ({"code_cache": MIB - 4096}, "--code-cache 1020K: write whole pages, 1M to 1G"),
         ({"code_cache": 2048 * MIB}, "--code-cache 2G: write whole pages, 1M to 1G"),
         ({"code_cache": MIB + 1}, "write whole pages"),
-        ({"cpus": 0}, "-c 0: a machine has 1 to"),
-        ({"cpus": 255}, "-c 255"),
+        ({"topology": Topology(cores=0)}, "-c 0: a machine has 1 to"),
+        ({"topology": Topology(sockets=5, cores=51)}, "-c 255"),
         ({"name": ""}, "--name '': not a name"),
         ({"name": "../x"}, "--name '../x'"),
         ({"name": "x" * 65}, "not a name"),

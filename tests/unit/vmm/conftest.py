@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_processor import FakeProcessor, Script
 
+from pyhyve.vmm.topology import Topology
 from pyhyve.vmm.vm import Vm
 
 MakeVm = Callable[..., tuple[Vm, FakeProcessor]]
@@ -22,7 +23,7 @@ def make_vm() -> Iterator[MakeVm]:
 
     def make(*scripts: Script, cpus: int | None = None, timing: bool = False) -> tuple[Vm, FakeProcessor]:
         processor = FakeProcessor(*scripts)
-        vm = Vm("test", processor, cpus or max(1, len(scripts)), timing=timing)
+        vm = Vm("test", processor, Topology(cores=cpus or max(1, len(scripts))), timing=timing)
         made.append(vm)
         vm.map_ram(0, 16 << 20)
         return vm, processor

@@ -16,6 +16,7 @@ from pyhyve.vmm.cpufeatures import (
     without,
 )
 from pyhyve.vmm.cpuid import CpuidPolicy
+from pyhyve.vmm.topology import Topology
 
 
 def host(leaf: int, subleaf: int) -> tuple[int, int, int, int]:
@@ -37,7 +38,7 @@ CAPABILITIES = Capabilities("test", xcr0=0xE7, notes=("pcid", "pku", "xsaves", "
 
 
 def policy(*words: str) -> CpuidPolicy:
-    return CpuidPolicy(*without(host, CAPABILITIES, parse_cpu_features(words)), 1, 2_000_000, 1_000_000)
+    return CpuidPolicy(*without(host, CAPABILITIES, parse_cpu_features(words)), Topology(), 2_000_000, 1_000_000)
 
 
 def reported(of: CpuidPolicy) -> set[str]:
@@ -99,7 +100,9 @@ def test_five_level_paging_is_off_unless_asked_for() -> None:
         reported = policy(*words).reported()
         assert reported[7, 0]["ecx"] >> 16 & 1 == on
         assert reported[0x8000_0008, 0]["eax"] >> 8 == (57 if on else 48)
-    other = CpuidPolicy(*without(host, Capabilities("other"), {"la57": True}), 1, 2_000_000, 1_000_000).reported()
+    other = CpuidPolicy(
+        *without(host, Capabilities("other"), {"la57": True}), Topology(), 2_000_000, 1_000_000
+    ).reported()
     with pytest.raises(UsageError, match="la57=on: the other processor cannot offer it"):
         check_wanted({"la57": True}, other, "other")
 

@@ -5,6 +5,7 @@ import pytest
 from pyhyve.cpu.processor import Capabilities, CpuidEntry
 from pyhyve.vmm import hostcpu
 from pyhyve.vmm.cpuid import ARCH_CAPABILITIES_IMMUNE, CpuidPolicy, limited
+from pyhyve.vmm.topology import Topology
 
 EVERYTHING = 0xFFFF_FFFF
 
@@ -29,7 +30,7 @@ def host_with_everything(vendor):
             return 0x2E7, 0x988, 0xA88, 0
         if leaf == 0xD and subleaf == 2:
             return 256, 576, 0, 0
-        if leaf == 4:
+        if leaf in (4, 0x8000_001D):
             return (0x1C004000 | (subleaf + 1) << 5 | 1 if subleaf < 4 else 0), 0x3F, 0x3F, 0
         if leaf == 7 and subleaf == 0:
             return 2, EVERYTHING, EVERYTHING, EVERYTHING
@@ -38,8 +39,9 @@ def host_with_everything(vendor):
     return cpuid
 
 
-def table(vendor="GenuineIntel", cpus=1, apic_id=0, **capabilities):
-    policy = CpuidPolicy(host_with_everything(vendor), Capabilities("test", **capabilities), cpus, 2_596_132, 1_000_000)
+def table(vendor="GenuineIntel", topology=Topology(), apic_id=0, **capabilities):  # noqa: B008 (it is frozen)
+    host = host_with_everything(vendor)
+    policy = CpuidPolicy(host, Capabilities("test", **capabilities), topology, 2_596_132, 1_000_000)
     return {(entry.leaf, entry.subleaf): entry for entry in policy.entries(apic_id)}
 
 
@@ -86,7 +88,6 @@ def test_vendor_is_the_hosts(vendor):
         (0xD, 1, "eax", 3, "XSAVES"),
         (0x8000_0001, None, "ecx", 2, "SVM"),
         (0x8000_0001, None, "ecx", 29, "MONITORX"),
-        (0x8000_0001, None, "ecx", 22, "TOPOEXT"),
         (0x8000_0001, None, "edx", 31, "3DNow!"),
     ],
 )
@@ -160,7 +161,7 @@ def test_own_signature_comes_first_and_the_clock_interface_second():
 
 @pytest.mark.parametrize("khz", [800_000, 1_000_000, 2_400_000, 2_596_132, 3_792_874, 5_700_001])
 def test_crystal_leaf_gives_the_frequency_in_linuxs_arithmetic(khz):
-    policy = CpuidPolicy(host_with_everything("GenuineIntel"), Capabilities("test"), 1, khz, 1_000_000)
+    policy = CpuidPolicy(host_with_everything("GenuineIntel"), Capabilities("test"), Topology(), khz, 1_000_000)
     (entry,) = [entry for entry in policy.entries(0) if entry.leaf == 0x15]
     product = entry.ecx // 1000 * entry.ebx
     assert product < 1 << 32, "Linux multiplies in 32 bits"
@@ -179,9 +180,9 @@ def test_immunity_is_claimed_for_translated_guests_only():
 
 
 def test_topology_is_one_package_of_single_threaded_cores(vendor):
-    entries = table(vendor, cpus=6, apic_id=5)
+    entries = table(vendor, Topology(cores=6), apic_id=5)
     assert entries[1, None].ebx >> 24 == 5
-    assert entries[1, None].ebx >> 16 & 0xFF == 6
+    assert entries[1, None].ebx >> 16 & 0xFF == (8 if vendor == "GenuineIntel" else 6)
     assert entries[1, None].edx >> 28 & 1
     assert (entries[0xB, 0].eax, entries[0xB, 0].ebx, entries[0xB, 0].edx) == (0, 1, 5)
     assert (entries[0xB, 1].eax, entries[0xB, 1].ebx, entries[0xB, 1].edx) == (3, 6, 5)
@@ -192,6 +193,36 @@ def test_topology_is_one_package_of_single_threaded_cores(vendor):
     else:
         assert entries[0x8000_0008, None].ecx == 3 << 12 | 5
     assert not table(vendor)[1, None].edx >> 28 & 1
+
+
+def test_leaves_tell_of_sockets_cores_and_threads(vendor):
+    topology = Topology(sockets=2, cores=3, threads=2)
+    assert topology.apic_ids == (0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13), "a package has the ids of 4 cores"
+    entries = table(vendor, topology, apic_id=11)
+    assert entries[0, None].eax >= 0x1F
+    for leaf in (0xB, 0x1F):
+        assert [(entries[leaf, n].eax, entries[leaf, n].ebx) for n in range(3)] == [(1, 2), (3, 6), (0, 0)]
+        assert [entries[leaf, n].ecx for n in range(3)] == [0x100, 0x201, 2], "threads, cores, and no more"
+        assert {entries[leaf, n].edx for n in range(3)} == {11}
+    assert entries[1, None].ebx >> 24 == 11
+    assert entries[1, None].edx >> 28 & 1
+    caches = 4 if vendor == "GenuineIntel" else 0x8000_001D
+    assert [entries[caches, n].eax >> 14 & 0xFFF for n in range(3)] == [1, 1, 7], "by core, by core, by package"
+    if vendor == "GenuineIntel":
+        assert entries[1, None].ebx >> 16 & 0xFF == 8
+        assert entries[4, 0].eax >> 26 == 3, "a package has the ids of 4 cores"
+    else:
+        assert entries[1, None].ebx >> 16 & 0xFF == 6
+        assert entries[0x8000_0001, None].ecx & (1 << 22 | 1 << 1) == 1 << 22 | 1 << 1, "extended topology, several"
+        assert entries[0x8000_0008, None].ecx == 3 << 12 | 5
+        extended = entries[0x8000_001E, None]
+        assert (extended.eax, extended.ebx, extended.ecx) == (11, 1 << 8 | 1, 1), "core 1 of 2 threads, in node 1"
+
+
+def test_sockets_of_one_processor_are_not_multithreaded(vendor):
+    entries = table(vendor, Topology(sockets=4), apic_id=3)
+    assert not entries[1, None].edx >> 28 & 1
+    assert (entries[0xB, 1].eax, entries[0xB, 1].ebx, entries[0xB, 1].edx) == (0, 1, 3)
 
 
 def test_addresses_are_no_wider_than_the_page_tables(vendor):
@@ -206,13 +237,13 @@ def test_engines_own_limits_are_heeded():
     assert host(1, 0) == (EVERYTHING, EVERYTHING, 1 << 0 | 1 << 20, 0x078BFBFF), "what is no feature stays"
     assert host(7, 0) == (2, 1, 0, 0)
     assert host(0x8000_0001, 0)[2:] == (0, 0)
-    policy = CpuidPolicy(host, Capabilities("test", xcr0=0), 1, 2_596_132, 1_000_000)
+    policy = CpuidPolicy(host, Capabilities("test", xcr0=0), Topology(), 2_596_132, 1_000_000)
     entries = {(entry.leaf, entry.subleaf): entry for entry in policy.entries(0)}
     assert entries[1, None].ecx == 1 << 0 | 1 << 20 | 1 << 21 | 1 << 24 | 1 << 31
 
 
 def test_host_itself_gives_a_consistent_table():
-    policy = CpuidPolicy(hostcpu.cpuid, Capabilities("test"), 2, hostcpu.tsc_khz(), 1_000_000)
+    policy = CpuidPolicy(hostcpu.cpuid, Capabilities("test"), Topology(cores=2), hostcpu.tsc_khz(), 1_000_000)
     entries = policy.entries(1)
     keys = [(entry.leaf, entry.subleaf) for entry in entries]
     assert len(keys) == len(set(keys))

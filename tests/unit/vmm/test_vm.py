@@ -9,6 +9,7 @@ import pytest
 from fake_processor import Device, FakeProcessor
 
 from pyhyve.base.errors import HostError
+from pyhyve.vmm.topology import Topology
 from pyhyve.vmm.vm import State, Suspend, Vm
 
 
@@ -219,7 +220,7 @@ def test_machine_with_too_little_host_memory_leaves_nothing(make_vm):
 
 
 def test_vm_that_was_never_started_closes():
-    vm = Vm("idle", FakeProcessor(sleeper), 1)
+    vm = Vm("idle", FakeProcessor(sleeper), Topology())
     vm.close()
     assert vm.state is State.STOPPED
 

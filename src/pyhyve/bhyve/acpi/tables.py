@@ -66,21 +66,21 @@ HPET_BLOCK_ID: Final = 0x8086_0701
 
 
 def build_acpi(
-    cpus: int,
+    apic_ids: Sequence[int],
     high_ram: int = 0,
     com: Sequence[layout.SerialPort] = (layout.COM1,),
     *,
     fwcfg: bool = False,
     ioapic_pins: int = layout.IOAPIC_PINS,
 ) -> list[tuple[int, bytes]]:
-    """Return (gpa, table) for a machine of `cpus` processors with APIC ids 0 to cpus - 1, the RSDP first.
+    """Return (gpa, table) for a machine whose processors have these APIC ids, the RSDP first.
 
     `high_ram` is the RAM from 4 GiB up (bytes); `com` the serial ports it has; `fwcfg` tells of QEMU's firmware
     configuration device, `ioapic_pins` how far PCI's interrupt lines go. Raise ValueError if the tables do not fit
     below 1 MiB (those of some 1,000 processors do not).
     """
-    if cpus < 1:
-        raise ValueError(f"{cpus} processors: need at least 1")
+    if not apic_ids:
+        raise ValueError("no processors: need at least 1")
     placed: list[tuple[int, bytes]] = []
     free = layout.RSDP + _RSDP_SIZE
 
@@ -89,7 +89,7 @@ def build_acpi(
         gpa = -(-free // _ALIGN) * _ALIGN
         free = gpa + len(table)
         if free > layout.ACPI_LIMIT:
-            raise ValueError(f"ACPI tables for {cpus} processors do not fit below {layout.ACPI_LIMIT:#x}")
+            raise ValueError(f"ACPI tables for {len(apic_ids)} processors do not fit below {layout.ACPI_LIMIT:#x}")
         placed.append((gpa, table))
         return gpa
 
@@ -97,7 +97,7 @@ def build_acpi(
     definition = place(table(b"DSDT", 2, b"BVDSDT", dsdt.build(high_ram, com, fwcfg=fwcfg, ioapic_pins=ioapic_pins)))
     entries = [
         place(build_fadt(facs, definition)),
-        place(build_madt(cpus)),
+        place(build_madt(apic_ids)),
         place(build_hpet()),
         place(build_mcfg()),
     ]
@@ -213,18 +213,19 @@ def build_fadt(facs: int, definition: int) -> bytes:
     return table(b"FACP", 6, b"BVFACP", body)
 
 
-def build_madt(cpus: int) -> bytes:
+def build_madt(apic_ids: Sequence[int]) -> bytes:
+    """Return the table of interrupt controllers; a processor's ACPI id is its number, from 0."""
     entries = []
-    for apic_id in range(cpus):
-        if apic_id < _LAPIC_IDS:
-            entries.append(struct.pack("<BBBBI", MADT_LAPIC, 8, apic_id, apic_id, MADT_ENABLED))
+    for number, apic_id in enumerate(apic_ids):
+        if apic_id < _LAPIC_IDS and number < _LAPIC_IDS:
+            entries.append(struct.pack("<BBBBI", MADT_LAPIC, 8, number, apic_id, MADT_ENABLED))
         else:
-            entries.append(struct.pack("<BBHIII", MADT_X2APIC, 16, 0, apic_id, MADT_ENABLED, apic_id))
+            entries.append(struct.pack("<BBHIII", MADT_X2APIC, 16, 0, apic_id, MADT_ENABLED, number))
     entries.append(struct.pack("<BBBBII", MADT_IOAPIC, 12, 0, 0, layout.IOAPIC_BASE, 0))
     entries.append(_override(layout.PIT_IRQ, layout.PIT_IOAPIC_PIN, _ACTIVE_HIGH_EDGE))
     entries.append(_override(layout.SCI_IRQ, layout.SCI_IRQ, _ACTIVE_LOW_LEVEL))
     entries.append(struct.pack("<BBBHB", MADT_LAPIC_NMI, 6, _ALL_PROCESSORS, _ACTIVE_HIGH_EDGE, 1))
-    if cpus > _LAPIC_IDS:
+    if max(apic_ids) >= _LAPIC_IDS:
         entries.append(struct.pack("<BBHIB3x", MADT_X2APIC_NMI, 12, _ACTIVE_HIGH_EDGE, 0xFFFF_FFFF, 1))
     head = struct.pack("<II", layout.LAPIC_BASE, MADT_PCAT_COMPATIBLE)
     return table(b"APIC", 3, b"BVMADT", head + b"".join(entries))
