@@ -47,7 +47,7 @@ from pyhyve.vmm.io.vlapic import Vlapic
 from pyhyve.vmm.io.vpmtmr import Vpmtmr
 from pyhyve.vmm.io.vrtc import Vrtc
 from pyhyve.vmm.memory.arena import host_memory
-from pyhyve.vmm.pins import FabricPin, FanOut
+from pyhyve.vmm.pins import FabricPin, FanOut, Switch
 from pyhyve.vmm.vcpu import Vcpu
 from pyhyve.vmm.vm import State, Suspend, Vm
 
@@ -174,14 +174,21 @@ class Machine:
     def _add_timers(self) -> None:
         vm = self.vm
         clock, timers = vm.clock, vm.timers
-        self.vatpit = Vatpit(clock, timers, self._isa_pin(layout.PIT_IRQ))
+        pit_line, rtc_line = Switch(self._isa_pin(layout.PIT_IRQ)), Switch(self._isa_pin(layout.RTC_IRQ))
+
+        def replace_legacy(replaced: bool) -> None:
+            pit_line.connect(not replaced)
+            rtc_line.connect(not replaced)
+
+        self.vatpit = Vatpit(clock, timers, pit_line)
         vm.ports.attach(layout.PIT_PORT, 4, self.vatpit, base=0)
         vm.ports.attach(layout.PIT_NMISC_PORT, 1, self.vatpit, base=0)
-        self.vrtc = Vrtc(clock, timers, self._isa_pin(layout.RTC_IRQ), utc=self.config.rtc_utc)
+        self.vrtc = Vrtc(clock, timers, rtc_line, utc=self.config.rtc_utc)
         low, high = layout.split_ram(self.config.memory)
         self.vrtc.set_memory_size(low, high)
         vm.ports.attach(layout.RTC_PORT, 2, self.vrtc, base=0)
-        self.vhpet = Vhpet(clock, timers, vm.apic_bus, self.vioapic.pin)
+        legacy = (self._isa_pin(layout.PIT_IRQ), self._isa_pin(layout.RTC_IRQ))
+        self.vhpet = Vhpet(clock, timers, vm.apic_bus, self.vioapic.pin, legacy, replace_legacy)
         vm.mmio.attach(layout.HPET_BASE, layout.HPET_SIZE, self.vhpet)
         vm.ports.attach(layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE, Vpmtmr(clock))
 

@@ -29,6 +29,30 @@ class FanOut:
             pin.pulse()
 
 
+class Switch:
+    """A wire that can be cut, and made again with the level that its source has by then."""
+
+    __slots__ = ("_level", "_pin", "connected")
+
+    def __init__(self, pin: IrqPin) -> None:
+        self._pin = pin
+        self._level = False
+        self.connected = True
+
+    def connect(self, connected: bool) -> None:
+        self.connected = connected
+        self._pin.set_level(connected and self._level)
+
+    def set_level(self, asserted: bool) -> None:
+        self._level = asserted
+        if self.connected:
+            self._pin.set_level(asserted)
+
+    def pulse(self) -> None:
+        self.set_level(True)
+        self.set_level(False)
+
+
 class FabricPin:
     """An input for a device that has a lock of its own and may drive it from any thread, with that lock held.
 

@@ -61,8 +61,8 @@ _ALL_PROCESSORS: Final = 0xFF
 _LAPIC_IDS: Final = 255
 """From this APIC id on, only an x2APIC entry can name a processor."""
 
-HPET_BLOCK_ID: Final = 0x8086_0701
-"""The low half of the HPET's capability register: Intel, 8 comparators, a counter of 32 bits, no legacy routes."""
+HPET_BLOCK_ID: Final = 0x8086_A701
+"""The low half of the HPET's capability register: Intel, 8 comparators, a counter of 64 bits, legacy replacement."""
 
 
 def build_acpi(
