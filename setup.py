@@ -37,7 +37,8 @@ def extensions() -> list[Extension]:
         flags = list(COMMON)
         if module.startswith("pyhyve.cpu.bt.") and module not in NO_HELPER:
             flags += HELPER
-        found.append(Extension(module, [str(pyx)], extra_compile_args=flags))
+        # what a module includes and cimports is added by cythonize
+        found.append(Extension(module, [str(pyx)], depends=["setup.py"], extra_compile_args=flags))
     return found
 
 
