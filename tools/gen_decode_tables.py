@@ -131,6 +131,7 @@ MASK_SUPPRESSES_NO_FAULT: Final = words(
     VPSRLD VPSRLQ VPSRLW VPUNPCKHBW VPUNPCKHDQ VPUNPCKHQDQ VPUNPCKHWD VPUNPCKLBW VPUNPCKLDQ VPUNPCKLQDQ VPUNPCKLWD
     VSHUFF32X4 VSHUFF64X2 VSHUFI32X4 VSHUFI64X2 VSHUFPD VSHUFPS VUNPCKHPD VUNPCKHPS VUNPCKLPD VUNPCKLPS"""
 )
+SHIFTS_BY_IMMEDIATE: Final = (0x71, 0x72, 0x73)  # opcodes of shifts of which the mask does suppress faults
 # Elements of the mask that are wider than those of the operand.
 MASK_ELEMENTS: Final = {
     "VPMULDQ": 8, "VPMULUDQ": 8, "VPDPBUSD": 4, "VPDPBUSDS": 4, "VPDPWSSD": 4, "VPDPWSSDS": 4, "VDPBF16PS": 4,
@@ -275,7 +276,8 @@ def masking(insn: Instruction, name: str, bits: int) -> int:
     if name.startswith(("VMASKMOV", "VPMASKMOV")):
         element = 8 if name.endswith(("PD", "Q")) else 4
         return MASKED | MASKED_VECTOR | (bits // 8 // element).bit_length() - 1 << 2 | element.bit_length() - 1
-    if name in MASK_SUPPRESSES_NO_FAULT or not insn.op_code().can_use_op_mask_register:
+    shifts = insn.op_code().op_code in SHIFTS_BY_IMMEDIATE and name.startswith("VPS")
+    if (name in MASK_SUPPRESSES_NO_FAULT and not shifts) or not insn.op_code().can_use_op_mask_register:
         return 0
     width = size_of(insn)
     element = MASK_ELEMENTS.get(name, int(MemorySizeExt.element_size(insn.memory_size)))
