@@ -68,10 +68,6 @@ class Case:
 
 
 _FAR_RETURNS: Final = (Mnemonic.RETF, Mnemonic.IRET, Mnemonic.IRETD, Mnemonic.IRETQ)
-_STATES: Final = (Mnemonic.FNSAVE, Mnemonic.FRSTOR, Mnemonic.FNSTENV, Mnemonic.FLDENV, Mnemonic.FXSAVE,
-                  Mnemonic.FXSAVE64, Mnemonic.FXRSTOR, Mnemonic.FXRSTOR64,
-                  Mnemonic.MASKMOVQ, Mnemonic.MASKMOVDQU, Mnemonic.VMASKMOVDQU, Mnemonic.LSS, Mnemonic.LFS,
-                  Mnemonic.LGS)  # fmt: skip
 _FROM_UNSIGNED: Final = (Mnemonic.VCVTUSI2SD, Mnemonic.VCVTUSI2SS)
 _POP_ALL: Final = (Mnemonic.POPA, Mnemonic.POPAD)
 _COMPARES: Final = (Mnemonic.CMPSB, Mnemonic.CMPSW, Mnemonic.CMPSD, Mnemonic.CMPSQ)
@@ -146,9 +142,6 @@ def excused(case: Case, result: Result) -> str | None:
             return "instructions that the host lacks: the operand's fault comes first"
         if insn.mnemonic in _FAR_RETURNS and 14 in (native, guest):
             return "order of a far return's loads and checks (each processor has its own)"
-        far = insn.is_jmp_far_indirect or insn.is_call_far_indirect
-        if (insn.mnemonic in _STATES or far) and ((native == guest == 14) or {native, guest} in ({13, 14}, {12, 14})):
-            return "which part of a large operand faults first (each processor has its own order)"
         if insn.mnemonic == Mnemonic.MOVSXD and insn.code == Code.MOVSXD_R16_RM16 and native == 14:
             return "MOVSXD to 16 bits (AMD's processors load 32)"
         if guest == 6 and insn.mnemonic == Mnemonic.MOV and {insn.op0_register, insn.op1_register} & {Register.CR8}:

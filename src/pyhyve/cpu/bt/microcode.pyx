@@ -158,7 +158,7 @@ cdef int indirect(Vcpu* v, Insn* i) noexcept nogil:
     size = operand_size(v, i)
     if size == 8 and bt_amd():
         size = 4                                  # no m16:64 there
-    r = read_parts(v, i, size + 2, size, words)
+    r = read_parts(v, i, size, 2, words)
     if r != R_OK:
         return r
     return far_transfer(v, i, (<uint16_t*>(<uint64_t>words + size))[0], words[0] & size_mask(size), size, op == 3)
@@ -525,12 +525,12 @@ cdef int bound(Vcpu* v, Insn* i) noexcept nogil:
     cdef int64_t index, low, high
     cdef int r
     if size == 2:
-        r = read_parts(v, i, 4, 2, narrow)
+        r = read_parts(v, i, 2, 2, narrow)
         low = narrow[0]
         high = narrow[1]
         index = <int16_t>v.gpr[i.reg]
     else:
-        r = read_parts(v, i, 8, 4, wide)
+        r = read_parts(v, i, 4, 4, wide)
         low = wide[0]
         high = wide[1]
         index = <int32_t>v.gpr[i.reg]

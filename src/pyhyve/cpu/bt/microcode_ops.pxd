@@ -224,18 +224,26 @@ cdef inline uint32_t natural(uint32_t size) noexcept nogil:
     """The alignment of an operand; pointers of 6 and images of 10 bytes count by doublewords."""
     return 4 if size == 6 or size == 10 else size
 
-cdef inline int read_parts(Vcpu* v, Insn* i, uint32_t size, uint32_t to, void* out) noexcept nogil:
-    """The memory operand, aligned as its parts are."""
+cdef inline int read_at(Vcpu* v, Insn* i, uint64_t offset, uint32_t size, uint32_t to, void* out) noexcept nogil:
     cdef uint64_t lin = 0
-    cdef int r = linear(v, i.seg, effective(v, i), size, ACCESS_READ, &lin)
+    cdef int r = linear(v, i.seg, offset, size, ACCESS_READ, &lin)
     if r == R_OK:
         r = aligned(v, lin, to)
     if r != R_OK:
         return r
     return mmu_read(v, lin, out, size, v.bank)
 
+cdef inline int read_parts(Vcpu* v, Insn* i, uint32_t first, uint32_t second, void* out) noexcept nogil:
+    """A memory operand of two parts. As AMD's processors have it, each is checked by itself, one behind the other, and
+    the second's offset goes on at 0 where the address size ends."""
+    cdef uint64_t offset = effective(v, i)
+    cdef int r = read_at(v, i, offset, first, first, out)
+    if r != R_OK:
+        return r
+    return read_at(v, i, (offset + first) & size_mask(i.addrsize), second, second, <void*>(<uint64_t>out + first))
+
 cdef inline int read_mem(Vcpu* v, Insn* i, uint32_t size, void* out) noexcept nogil:
-    return read_parts(v, i, size, natural(size), out)
+    return read_at(v, i, effective(v, i), size, natural(size), out)
 
 cdef inline int write_mem(Vcpu* v, Insn* i, uint32_t size, const void* source) noexcept nogil:
     cdef uint64_t lin = 0

@@ -258,7 +258,7 @@ cdef int load_far_pointer(Vcpu* v, Insn* i) noexcept nogil:
         seg = SEG_ES if i.opcode == 0xC4 else SEG_DS
     else:
         seg = SEG_SS if i.opcode == 0xB2 else (SEG_FS if i.opcode == 0xB4 else SEG_GS)
-    r = read_parts(v, i, size + 2, size, words)
+    r = read_parts(v, i, size, 2, words)
     if r != R_OK:
         return r
     offset = words[0] & size_mask(size)

@@ -12,9 +12,9 @@ from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.hostregs cimport bt_get_mm, bt_get_xmm
 from pyhyve.cpu.bt.microcode_ops cimport *
 from pyhyve.cpu.bt.microcode_xsave cimport (
-    MXCSR, SAVE_IN_USE, SAVE_STANDARD, bounce, hide_pointers, mxcsr_reserved, operand, xrstor, xsave,
+    MXCSR, SAVE_IN_USE, SAVE_STANDARD, bounce, hide_pointers, mxcsr_reserved, xrstor, xsave,
 )
-from pyhyve.cpu.bt.mmu cimport bt_fill, mmu_probe_write, mmu_read, mmu_write
+from pyhyve.cpu.bt.mmu cimport bt_fill, mmu_probe_read, mmu_probe_write, mmu_read, mmu_write
 from pyhyve.cpu.bt.state cimport *
 
 cdef extern from *:
@@ -57,37 +57,91 @@ cdef inline bint x87_pending() noexcept nogil:
     return bt_fnstsw() & 0x80 != 0
 
 
+cdef struct Image:
+    uint64_t lin                 # where it begins
+    uint64_t rest                # where it goes on behind the end of the address size
+    uint32_t first               # bytes in front of that
+
+
+cdef int check_image(Vcpu* v, Insn* i, uint64_t offset, uint32_t size, int access, uint64_t* lin) noexcept nogil:
+    cdef int r = linear(v, i.seg, offset, size, access, lin)
+    if r != R_OK:
+        return r
+    return mmu_probe_write(v, lin[0], size, v.bank) if access == ACCESS_WRITE else mmu_probe_read(v, lin[0], size, v.bank)
+
+
+cdef int find_image(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t head, uint32_t align, Image* m) noexcept nogil:
+    """Check an image in the order of AMD's processors: the segment and the alignment of its first `head` bytes, its last
+    byte, then the rest; where it need not be aligned, the page of the first bytes comes before the last byte."""
+    cdef uint64_t mask = size_mask(i.addrsize)
+    cdef uint64_t offset = effective(v, i)
+    cdef uint64_t last = (offset + size - 1) & mask
+    cdef uint64_t end = 0
+    cdef int r = linear(v, i.seg, offset, head, access, &m.lin)
+    if r == R_OK:
+        r = aligned(v, m.lin, head)
+    if r == R_OK and m.lin & (align - 1):
+        return gp0(v)
+    if r == R_OK and align == 1:
+        r = check_image(v, i, offset, head, access, &m.lin)
+    if r == R_OK:
+        r = check_image(v, i, last, 1, access, &end)
+    if r != R_OK:
+        return r
+    m.first = size if last >= offset else <uint32_t>(mask - offset + 1)
+    r = check_image(v, i, offset, m.first, access, &m.lin)
+    if r == R_OK and m.first < size:
+        r = check_image(v, i, 0, size - m.first, access, &m.rest)
+    return r
+
+
+cdef int read_image(Vcpu* v, Image* m, uint64_t at, uint32_t size) noexcept nogil:
+    cdef uint32_t first = m.first if m.first < size else size
+    cdef int r = mmu_read(v, m.lin, <void*>at, first, v.bank)
+    if r == R_OK and first < size:
+        r = mmu_read(v, m.rest, <void*>(at + first), size - first, v.bank)
+    return r
+
+
+cdef int write_image(Vcpu* v, Image* m, uint64_t at, uint32_t size) noexcept nogil:
+    cdef uint32_t first = m.first if m.first < size else size
+    cdef int r = mmu_write(v, m.lin, <void*>at, first, v.bank)
+    if r == R_OK and first < size:
+        r = mmu_write(v, m.rest, <void*>(at + first), size - first, v.bank)
+    return r
+
+
 cdef int fxsave(Vcpu* v, Insn* i) noexcept nogil:
     """Bytes from 416 on are the program's own; in 32-bit modes XMM8-15 are not stored either."""
     cdef uint64_t at = bounce(v)
-    cdef uint64_t lin = 0
+    cdef Image image
     cdef int r
     if v.cr0 & CR0_EM:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, 512, ACCESS_WRITE, 16, 4, &lin)
+    r = find_image(v, i, 512, ACCESS_WRITE, 4, 16, &image)
     if r != R_OK:
         return r
     bt_fxsave(at)
     hide_pointers(at)
-    r = mmu_write(v, lin, <void*>at, 416 if is64(v) else 288, v.bank)
+    r = write_image(v, &image, at, 416 if is64(v) else 288)
     return r if r != R_OK else advance(v, i)
 
 
 cdef int fxrstor(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint64_t at = bounce(v)
-    cdef uint64_t lin = 0
+    cdef Image image
     cdef int r
     if v.cr0 & CR0_EM:
         return undefined(v)
     if v.cr0 & CR0_TS:
         return fault(v, NM)
-    r = operand(v, i, 512, ACCESS_READ, 16, 4, &lin)
+    r = find_image(v, i, 512, ACCESS_READ, 4, 16, &image)
     if r != R_OK:
         return r
     bt_fxsave(at)                                 # what the image does not hold stays
-    r = mmu_read(v, lin, <void*>at, 512 if is64(v) else 288, v.bank)
+    r = read_image(v, &image, at, 512 if is64(v) else 288)
     if r != R_OK:
         return r
     if (<uint32_t*>(at + MXCSR))[0] & mxcsr_reserved():
@@ -142,17 +196,17 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint32_t head = 14 if small else 28
     cdef uint32_t size = head + (80 if whole else 0)
     cdef uint64_t at = bounce(v)
-    cdef uint64_t lin = 0
+    cdef Image image
     cdef int r
     if v.cr0 & (CR0_EM | CR0_TS):
         return fault(v, NM)
     if load and x87_pending():
         return fault(v, MF)
-    r = operand(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 1, 2 if small else 4, &lin)
+    r = find_image(v, i, size, ACCESS_READ if load else ACCESS_WRITE, 2 if small else 4, 1, &image)
     if r != R_OK:
         return r
     if load:
-        r = mmu_read(v, lin, <void*>at, size, v.bank)
+        r = read_image(v, &image, at, size)
         if r != R_OK:
             return r
         if whole:
@@ -165,9 +219,7 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
         else:
             bt_fldenv(at)
         return advance(v, i)
-    r = mmu_probe_write(v, lin, size, v.bank)     # storing changes the unit: nothing may fault behind it
-    if r != R_OK:
-        return r
+    # storing changes the unit: nothing may fault behind it
     if whole:
         if small:
             bt_fnsave16(at)
@@ -178,7 +230,7 @@ cdef int fpu_environment(Vcpu* v, Insn* i) noexcept nogil:
     else:
         bt_fnstenv(at)
     bt_fill(<void*>(at + (6 if small else 12)), 0, 8 if small else 16)
-    r = mmu_write(v, lin, <void*>at, size, v.bank)
+    r = write_image(v, &image, at, size)
     return r if r != R_OK else advance(v, i)
 
 
@@ -187,7 +239,7 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint8_t data[16]
     cdef uint8_t mask[16]
     cdef uint64_t base = v.gpr[RDI] & size_mask(i.addrsize)
-    cdef uint64_t lin = 0
+    cdef uint64_t lin[2]
     cdef int n = 16 if i.prefixes & P_66 else 8
     cdef int k, r
     if v.cr0 & CR0_EM:
@@ -202,24 +254,23 @@ cdef int masked_store(Vcpu* v, Insn* i) noexcept nogil:
             return fault(v, MF)
         bt_get_mm(i.reg & 7, <uint64_t>data)
         bt_get_mm(i.rm & 7, <uint64_t>mask)
-    r = linear(v, i.seg, base, n, ACCESS_WRITE, &lin)
-    if r == R_OK:
-        r = aligned(v, lin, 8)
-    if r != R_OK:
-        return r
-    if v.amd:
-        # whatever the mask is (the SDM leaves it open)
-        r = mmu_probe_write(v, lin, n, v.bank)
+    for k in range(0, n, 8):
+        r = linear(v, i.seg, (base + k) & size_mask(i.addrsize), 8, ACCESS_WRITE, &lin[k >> 3])
+        if r == R_OK:
+            r = aligned(v, lin[k >> 3], 8)
+        if r == R_OK and v.amd:
+            # whatever the mask is (the SDM leaves it open)
+            r = mmu_probe_write(v, lin[k >> 3], 8, v.bank)
         if r != R_OK:
             return r
     for k in range(n):
         if mask[k] & 0x80:
-            r = mmu_probe_write(v, lin + k, 1, v.bank)
+            r = mmu_probe_write(v, lin[k >> 3] + (k & 7), 1, v.bank)
             if r != R_OK:
                 return r
     for k in range(n):
         if mask[k] & 0x80:
-            r = mmu_write(v, lin + k, &data[k], 1, v.bank)
+            r = mmu_write(v, lin[k >> 3] + (k & 7), &data[k], 1, v.bank)
             if r != R_OK:
                 return r
     return advance(v, i)

@@ -19,9 +19,6 @@ cdef enum:
 
 # Put state components of HOST_STATE into their initial configuration.
 cdef void init_components(Vcpu* v, uint64_t mask) noexcept nogil
-# The linear address of an image: aligned always (#GP), and by its parts where the program asks for it (#AC).
-cdef int operand(Vcpu* v, Insn* i, uint32_t size, int access, uint32_t align, uint32_t parts,
-                 uint64_t* lin) noexcept nogil
 # MXCSR's bits that must be 0.
 cdef uint32_t mxcsr_reserved() noexcept nogil
 cdef int xsave(Vcpu* v, Insn* i, int kind) noexcept nogil
