@@ -1,8 +1,8 @@
 """The 8254 interval timer of a PC/AT: channel 0 drives IRQ 0, channel 2 the speaker, port 0x61 gates it.
 
 Intel 8254 datasheet, "Mode Definitions" and "Read Operations"; ICH9 datasheet, "NMI Status and Control Register" for
-port 0x61. Counts are computed from the clock, nothing runs between events. A count takes effect when it is written
-(modes 2 and 3 start a new period at once), without the one clock that the chip takes to load it.
+port 0x61. Counts are computed from the clock, nothing runs between events. A count is loaded by a pulse of the 8254's
+clock: the next one, the one behind a trigger, or the last one of a period, as the mode has it.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,18 @@ _PORT61_WRITABLE: Final = 0x0F
 
 @dataclass(frozen=True, slots=True)
 class PitChannelV1:
-    """`elapsed`: ticks since the count was (re)started; the rest is as in `_Channel`."""
+    """The fields are `_Channel`'s."""
 
     mode: int
     access: int
     bcd: bool
     count: int
-    elapsed: int
+    start: int
     held: int | None
-    triggered: bool
+    written: int
+    load_at: int | None
+    at_boundary: bool
+    risen: int | None
     gate: bool
     low_byte: int | None
     read_high: bool
@@ -44,31 +47,35 @@ class PitChannelV1:
 
 @dataclass(frozen=True, slots=True)
 class VatpitV1:
+    """`elapsed_ns`: the chip's age, in which its channels' times are. `seen`: the last edge that IRQ 0 was given.
+    `wake_in`: nanoseconds to the next one."""
+
     SCHEMA: ClassVar[tuple[str, int]] = ("vatpit", 1)
+    elapsed_ns: int
     channels: tuple[PitChannelV1, ...]
     port61: int
     irq0_level: bool
+    seen: int
+    wake_in: int | None
 
 
 class _Channel:
-    """One counter. Times (`now`, `start`) are ticks of the 8254's clock since the VM's began.
+    """One counter. Times (`now`, `start`) are ticks of the 8254's clock since its power-up; `settle` comes first.
 
-    count: the initial count, 1-65536, 0 before one is written. start: when counting (re)started. held: the ticks
-    counted so far while the gate holds the count, else None. triggered: modes 1 and 5 have seen a rising gate.
+    count: what the counting element was loaded with, 1-65536, 0 before the first load. start: when that was (in mode 3,
+    when the high half began). held: the ticks counted so far while the count stands, else None. written: a count that
+    waits to be loaded, 0 if there is none. load_at: when that (or the old count again) is loaded, None if nothing has
+    asked for it yet. at_boundary: by the end of a period, or half of one. risen: the last rise of the output before
+    `start`.
     """
 
     __slots__ = (
-        "access", "bcd", "count", "gate", "held", "latched", "low_byte", "mode", "read_high", "start", "status",
-        "triggered",
+        "access", "at_boundary", "bcd", "count", "gate", "held", "latched", "load_at", "low_byte", "mode", "read_high",
+        "risen", "start", "status", "written",
     )  # fmt: skip
 
     def __init__(self, gate: bool) -> None:
         self.gate = gate
-        self.start = 0
-        self.count = 0
-        self.low_byte: int | None = None
-        self.latched: int | None = None
-        self.status: int | None = None
         self.control(3, _BOTH, False)
 
     def control(self, mode: int, access: int, bcd: bool) -> None:
@@ -77,83 +84,177 @@ class _Channel:
         self.access = access
         self.bcd = bcd
         self.count = 0
+        self.start = 0
         self.held: int | None = 0
-        self.triggered = False
-        self.low_byte = None
+        self.written = 0
+        self.load_at: int | None = None
+        self.at_boundary = False
+        self.risen: int | None = None
+        self.low_byte: int | None = None
         self.read_high = False
-        self.latched = None
-        self.status = None
+        self.latched: int | None = None
+        self.status: int | None = None
 
-    def load(self, value: int, now: int) -> None:
-        """Start with the count written (two bytes, binary or BCD; 0 is the largest)."""
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def settle(self, now: int) -> None:
+        """Load the counting element, if the time has come."""
+        at = self.load_at
+        if at is None or now < at:
+            return
+        self.risen = self.last_rise(at)
+        into_low_half = self.mode == 3 and self.at_boundary and not self._ends_low_half(at)
+        self.count = self.written or self.count
+        self.start = at - (self.count + 1 >> 1) if into_low_half else at
+        self.written = 0
+        self.load_at = None
+        self.at_boundary = False
+        self.held = None if self.gate or self.mode in (1, 5) else 0
+
+    def _ends_low_half(self, at: int) -> bool:
+        return (at - self.start) % self.count == 0
+
+    def _take(self, value: int, now: int) -> None:
+        """A whole count has been written (two bytes, binary or BCD; 0 is the largest)."""
         if self.bcd:
             value = sum((value >> 4 * digit & 15) * 10**digit for digit in range(4))
-        self.count = value or (10_000 if self.bcd else 0x10000)
-        if self.mode in (1, 5):
-            return  # the count is used from the next trigger on
-        self.start = now
-        self.held = None if self.gate else 0
+        self.written = value or (10_000 if self.bcd else 0x10000)
+        if self.mode in (1, 5) or self.load_at is not None:
+            return  # by the next trigger; as asked for already
+        if self.mode in (0, 4) or not self.count:
+            self.load_at = now + 1
+        elif self.held is None:
+            self.load_at = self._boundary(now)
+            self.at_boundary = True
+
+    def _boundary(self, now: int) -> int:
+        """The end of this period (mode 2) or half period (mode 3)."""
+        periods, phase = divmod(now - self.start, self.count)
+        begun = self.start + periods * self.count
+        half = self.count + 1 >> 1
+        return begun + half if self.mode == 3 and phase < half else begun + self.count
 
     def set_gate(self, gate: bool, now: int) -> None:
         """See "Gate Pin Operations": a level in modes 0 and 4, an edge in 1 and 5, both in 2 and 3."""
         if gate == self.gate:
             return
         self.gate = gate
-        mode = self.mode
-        if mode in (1, 5):
-            if gate and self.count:
-                self.start = now
+        if self.mode in (0, 4):
+            if not gate:
+                self._hold(now)
+            elif self.held is not None and not self._half_written():
+                self.start = now - self.held
                 self.held = None
-                self.triggered = True
-        elif not gate:
-            self.held = self.elapsed(now) if mode in (0, 4) else 0
-        elif self.count:
-            self.start = now - (self.held or 0)
-            self.held = None
+        elif gate:
+            if self.written or self.count:
+                self.load_at = now + 1
+                self.at_boundary = False
+        elif self.mode in (2, 3):
+            self._hold(now)
+            if self.at_boundary:
+                self.load_at = None
+                self.at_boundary = False
+
+    def _half_written(self) -> bool:
+        """Mode 0: the first byte of a count stops the old one."""
+        return self.mode == 0 and self.low_byte is not None
+
+    def _hold(self, now: int) -> None:
+        if self.held is None:
+            self.held = now - self.start
+
+    def write(self, value: int, now: int) -> None:
+        """One byte of a count."""
+        if self.access == _LOW:
+            self._take(value, now)
+        elif self.access == _HIGH:
+            self._take(value << 8, now)
+        elif self.low_byte is None:
+            self.low_byte = value
+            if self.mode == 0:
+                self._hold(now)
+        else:
+            self._take(value << 8 | self.low_byte, now)
+            self.low_byte = None
+
+    # -- counting -----------------------------------------------------------------------------------------------------
 
     def elapsed(self, now: int) -> int:
         """Ticks counted since the start."""
         return now - self.start if self.held is None else self.held
 
     def output(self, now: int) -> bool:
-        if not self.count:
-            return self.mode != 0
-        ticks = self.elapsed(now)
         mode = self.mode
         if mode == 0:
-            return ticks >= self.count
-        if self.held is not None:
+            new = self.written or self.low_byte is not None
+            return bool(self.count) and not new and self.elapsed(now) >= self.count
+        if not self.count:
             return True
+        ticks = self.elapsed(now)
         if mode == 1:
             return ticks >= self.count
-        if mode == 2:
-            return ticks % self.count != self.count - 1
-        if mode == 3:
-            return ticks % self.count < (self.count + 1) >> 1
-        return ticks != self.count
+        if mode in (4, 5):
+            return ticks != self.count
+        if self.held is not None:
+            return True
+        phase = ticks % self.count
+        return phase != self.count - 1 if mode == 2 else phase < self.count + 1 >> 1
 
     def value(self, now: int) -> int:
         """The counting element, two bytes as they are read."""
         if not self.count:
             return 0
         ticks = self.elapsed(now)
-        modulus = 10_000 if self.bcd else 0x10000
         if self.mode == 2:
             value = self.count - ticks % self.count
         elif self.mode == 3:
-            half = (self.count + 1) >> 1
+            half = self.count + 1 >> 1
             phase = ticks % self.count
             value = (self.count & ~1) - 2 * (phase if phase < half else phase - half)
         else:
             value = self.count - ticks
-        value %= modulus
         if self.bcd:
-            value = int(str(value), 16)
-        return value
+            return int(str(value % 10_000), 16)
+        return value % 0x10000
+
+    def last_rise(self, now: int) -> int | None:
+        """When the output rose last by counting, None if it has not since the control word."""
+        if not self.count or self.held is not None:
+            return self.risen
+        ticks = now - self.start
+        if self.mode in (2, 3):
+            periods = ticks // self.count
+            return self.start + periods * self.count if periods else self.risen
+        after = self._one_shot_rise(self.count)
+        return self.start + after if ticks >= after else self.risen
+
+    def _one_shot_rise(self, count: int) -> int:
+        """Ticks from a load to the rise, in modes 0, 1, 4 and 5."""
+        return count + 1 if self.mode in (4, 5) else count
+
+    def next_rise(self, now: int) -> int | None:
+        """When the output rises next by counting, as far as is known; None if it does not."""
+        if self.load_at is not None:
+            count = self.written or self.count
+            if self.at_boundary:
+                whole = self.mode == 2 or self._ends_low_half(self.load_at)
+                return self.load_at if whole else self.load_at + (count >> 1)
+            return self.load_at + (count if self.mode in (2, 3) else self._one_shot_rise(count))
+        if not self.count or self.held is not None:
+            return None
+        ticks = now - self.start
+        if self.mode in (2, 3):
+            if self.count < _MIN_PERIOD:
+                ticks += _MIN_PERIOD
+            return self.start + (ticks // self.count + 1) * self.count
+        after = self._one_shot_rise(self.count)
+        return None if ticks >= after else self.start + after
+
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def latch_status(self, now: int) -> None:
         if self.status is None:
-            null = 0 if self.count else 0x40
+            null = 0x40 if self.written or not self.count else 0
             self.status = self.output(now) << 7 | null | self.access << 4 | self.mode << 1 | self.bcd
 
     def latch_count(self, now: int) -> None:
@@ -176,63 +277,28 @@ class _Channel:
             self.latched = None
         return value >> 8 if high else value & 0xFF
 
-    def write(self, value: int, now: int) -> bool:
-        """One byte of a count; True when the count is complete and has been loaded."""
-        if self.access == _LOW:
-            self.load(value, now)
-        elif self.access == _HIGH:
-            self.load(value << 8, now)
-        elif self.low_byte is None:
-            self.low_byte = value
-            if self.mode == 0:
-                self.count = 0  # "Mode 0": the first byte disables counting
-            return False
-        else:
-            self.load(value << 8 | self.low_byte, now)
-            self.low_byte = None
-        return True
+    def save(self) -> PitChannelV1:
+        return PitChannelV1(**{name: getattr(self, name) for name in PitChannelV1.__slots__})
 
-    def next_event(self, now: int) -> int | None:
-        """When the output rises next, None if it does not by itself."""
-        if not self.count or self.held is not None or self.mode in (1, 5):
-            return None
-        ticks = self.elapsed(now)
-        if self.mode in (0, 4):
-            if ticks >= self.count:
-                return None
-            ticks = self.count
-        else:
-            if self.count < _MIN_PERIOD:
-                ticks += _MIN_PERIOD
-            ticks = (ticks // self.count + 1) * self.count
-        return self.start + ticks
-
-    def save(self, now: int) -> PitChannelV1:
-        return PitChannelV1(
-            self.mode, self.access, self.bcd, self.count, now - self.start, self.held, self.triggered, self.gate,
-            self.low_byte, self.read_high, self.latched, self.status,
-        )  # fmt: skip
-
-    def restore(self, state: PitChannelV1, now: int) -> None:
-        self.mode, self.access, self.bcd, self.count = state.mode, state.access, state.bcd, state.count
-        self.start = now - state.elapsed
-        self.held, self.triggered, self.gate = state.held, state.triggered, state.gate
-        self.low_byte, self.read_high = state.low_byte, state.read_high
-        self.latched, self.status = state.latched, state.status
+    def restore(self, state: PitChannelV1) -> None:
+        for name in PitChannelV1.__slots__:
+            setattr(self, name, getattr(state, name))
 
 
 class Vatpit:
     """The three counters and port 0x61. `irq0` is held in mode 0 after terminal count and pulsed in the others."""
 
-    __slots__ = ("_channels", "_clock", "_deadline", "_irq0", "_irq0_level", "_port61")
+    __slots__ = ("_base", "_channels", "_clock", "_deadline", "_irq0", "_irq0_level", "_port61", "_seen")
 
     def __init__(self, clock: Clock, timers: Timers, irq0: IrqPin) -> None:
         self._clock = clock
+        self._base = clock.now()
         self._irq0 = irq0
         self._irq0_level = False
         self._deadline = Deadline(clock, timers, self._wake)
         self._channels = (_Channel(True), _Channel(True), _Channel(False))
         self._port61 = 0
+        self._seen = 0
 
     def reset(self) -> None:
         self._channels = (_Channel(True), _Channel(True), _Channel(False))
@@ -242,10 +308,14 @@ class Vatpit:
 
     def output(self, channel: int) -> bool:
         """The OUT line of a channel (0-2)."""
-        return self._channels[channel].output(self._ticks())
+        return self._channels[channel].output(self._settle())
 
-    def _ticks(self) -> int:
-        return self._clock.now() * PIT_HZ // _NS
+    def _settle(self) -> int:
+        """Return the present tick, with every channel up to date."""
+        now = (self._clock.now() - self._base) * PIT_HZ // _NS
+        for channel in self._channels:
+            channel.settle(now)
+        return now
 
     # -- ports --------------------------------------------------------------------------------------------------------
 
@@ -259,7 +329,7 @@ class Vatpit:
             write_bytes(self._write, port, size, value)
 
     def _read(self, port: int) -> int:
-        now = self._ticks()
+        now = self._settle()
         if 0x40 <= port <= 0x42:
             return self._channels[port - 0x40].read(now)
         if port == 0x61:
@@ -268,18 +338,19 @@ class Vatpit:
         return OPEN_BUS
 
     def _write(self, port: int, value: int) -> None:
-        now = self._ticks()
+        now = self._settle()
+        self._give_edge(now)
         if 0x40 <= port <= 0x42:
-            if self._channels[port - 0x40].write(value, now):
-                if port == 0x40:
-                    self._restart(now)
-            elif port == 0x40 and self._channels[0].mode == 0:
-                self._restart(now)
+            self._channels[port - 0x40].write(value, now)
         elif port == 0x43:
             self._control(value, now)
         elif port == 0x61:
             self._port61 = value & _PORT61_WRITABLE
             self._channels[2].set_gate(bool(value & _GATE2), now)
+        if port in (0x40, 0x43):
+            channel = self._channels[0]
+            self._drive(channel.mode == 0 and channel.output(now))
+            self._book(now)
 
     def _control(self, value: int, now: int) -> None:
         """See "Control Word Format", "Counter Latch Command", "Read-Back Command"."""
@@ -295,31 +366,34 @@ class Vatpit:
             self._channels[select].latch_count(now)
         else:
             self._channels[select].control(mode & 3 if mode > 5 else mode, access, bool(value & 1))
-            if select == 0:
-                self._restart(now)
 
     # -- IRQ 0 --------------------------------------------------------------------------------------------------------
 
-    def _restart(self, now: int) -> None:
-        """Channel 0 was programmed: the line falls (mode 0 holds it) and the next event is booked."""
-        self._drive(False)
-        self._book(now)
-
     def _book(self, now: int) -> None:
-        at = self._channels[0].next_event(now)
+        """Wake up for the next edge of channel 0."""
+        at = self._channels[0].next_rise(now)
         if at is None:
             self._deadline.clear()
         else:
-            self._deadline.set(-(-at * _NS // PIT_HZ))
+            self._deadline.set(self._base - (-at * _NS // PIT_HZ))
 
     def _wake(self) -> None:
-        if not self._deadline.due():
+        if self._deadline.due():
+            now = self._settle()
+            self._give_edge(now)
+            self._book(now)
+
+    def _give_edge(self, now: int) -> None:
+        """Interrupt once for all edges of channel 0 since the last one that was given: a late wake-up merges them."""
+        channel = self._channels[0]
+        rise = channel.last_rise(now)
+        if rise is None or rise <= self._seen:
             return
-        if self._channels[0].mode == 0:
-            self._drive(True)
+        self._seen = rise
+        if channel.mode == 0:
+            self._drive(channel.output(now))
         else:
             self._irq0.pulse()
-            self._book(self._ticks())
 
     def _drive(self, level: bool) -> None:
         if level != self._irq0_level:
@@ -329,13 +403,26 @@ class Vatpit:
     # -- saved state --------------------------------------------------------------------------------------------------
 
     def save(self) -> VatpitV1:
-        now = self._ticks()
-        return VatpitV1(tuple(channel.save(now) for channel in self._channels), self._port61, self._irq0_level)
+        now = self._clock.now()
+        return VatpitV1(
+            now - self._base,
+            tuple(channel.save() for channel in self._channels),
+            self._port61,
+            self._irq0_level,
+            self._seen,
+            None if self._deadline.at is None else self._deadline.at - now,
+        )
 
     def restore(self, state: VatpitV1) -> None:
-        now = self._ticks()
+        """Take over a saved state, and hold IRQ 0 if it did."""
+        now = self._clock.now()
+        self._base = now - state.elapsed_ns
         for channel, saved in zip(self._channels, state.channels, strict=True):
-            channel.restore(saved, now)
+            channel.restore(saved)
         self._port61 = state.port61
         self._drive(state.irq0_level)
-        self._book(now)
+        self._seen = state.seen
+        if state.wake_in is None:
+            self._deadline.clear()
+        else:
+            self._deadline.set(now + state.wake_in)

@@ -31,8 +31,8 @@ class Bench:
         return low | self.pit.read(0x40 + channel, 1) << 8
 
     def to(self, n):
-        """Move time to `n` ticks after the clock's zero."""
-        self.timers.advance(ticks(n) - self.clock.now())
+        """Move time to `n` ticks after the one at which a count written at the clock's zero is loaded."""
+        self.timers.advance(ticks(n + 1) - self.clock.now())
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_count_of_zero_is_65536(bench):
 
 def test_a_late_wake_up_keeps_the_phase(bench):
     bench.program(0, 2, 10_000)
-    bench.clock.time = ticks(35_000)
+    bench.clock.time = ticks(35_001)
     bench.timers.advance(0)
     edges = bench.irq0.edges
     bench.to(39_999)
@@ -91,12 +91,18 @@ def test_mode_0_raises_irq0_at_terminal_count_and_holds_it(bench):
 def test_mode_4_gives_one_strobe(bench):
     bench.program(0, 4, 500)
     bench.to(500)
+    assert not bench.pit.output(0)
+    assert bench.irq0.edges == 0
+    bench.to(501)
+    assert bench.pit.output(0)
     assert bench.irq0.edges == 1
     bench.to(100_000)
     assert bench.irq0.edges == 1
     bench.pit.write(0x40, 1, 0xF4)
     bench.pit.write(0x40, 1, 0x01)
-    bench.to(100_500)
+    bench.to(100_501)
+    assert bench.irq0.edges == 1
+    bench.to(100_502)
     assert bench.irq0.edges == 2
 
 
@@ -113,6 +119,65 @@ def test_reprogramming_cancels_what_was_due(bench):
     bench.to(4999)
     assert bench.irq0.edges == 0
     bench.to(5000)
+    assert bench.irq0.edges == 1
+
+
+def set_count(bench, channel, count):
+    bench.pit.write(0x40 + channel, 1, count & 0xFF)
+    bench.pit.write(0x40 + channel, 1, count >> 8)
+
+
+def test_a_new_count_in_mode_2_is_taken_at_the_end_of_the_period(bench):
+    bench.program(0, 2, 1000)
+    bench.to(400)
+    set_count(bench, 0, 5000)
+    assert bench.count(0) == 600
+    bench.pit.write(0x43, 1, 0xE2)
+    assert bench.pit.read(0x40, 1) & 0x40
+    bench.to(1000)
+    assert bench.irq0.edges == 1
+    assert bench.count(0) == 5000
+    bench.pit.write(0x43, 1, 0xE2)
+    assert not bench.pit.read(0x40, 1) & 0x40
+    bench.to(5999)
+    assert bench.irq0.edges == 1
+    bench.to(6000)
+    assert bench.irq0.edges == 2
+
+
+@pytest.mark.parametrize(("written", "edges"), [(100, (1500, 3500)), (600, (1000, 3000))])
+def test_a_new_count_in_mode_3_is_taken_at_the_end_of_the_half_period(bench, written, edges):
+    bench.program(0, 3, 1000)
+    bench.to(written)
+    set_count(bench, 0, 2000)
+    for number, at in enumerate(edges):
+        bench.to(at - 1)
+        assert bench.irq0.edges == number
+        bench.to(at)
+        assert bench.irq0.edges == number + 1
+
+
+def test_the_first_byte_of_a_count_stops_mode_0_and_lowers_irq0(bench):
+    bench.program(0, 0, 1000)
+    bench.to(1000)
+    assert bench.irq0.level
+    bench.pit.write(0x40, 1, 0x10)
+    assert not bench.irq0.level
+    bench.to(5000)
+    assert bench.count(0) == 0
+    bench.pit.write(0x40, 1, 0)
+    bench.to(5016)
+    assert not bench.irq0.level
+    bench.to(5017)
+    assert bench.irq0.level
+
+
+def test_edges_that_nobody_saw_in_time_interrupt_once_also_when_the_guest_programs_anew(bench):
+    bench.program(0, 2, 1000)
+    bench.clock.time = ticks(3501)
+    bench.program(0, 2, 2000)
+    assert bench.irq0.edges == 1
+    bench.timers.advance(0)
     assert bench.irq0.edges == 1
 
 
@@ -137,6 +202,7 @@ def test_the_count_reloads_in_mode_2_and_runs_by_twos_in_mode_3(bench):
 
 def test_a_latched_count_stands_still_until_it_is_read(bench):
     bench.program(0, 2, 0x8000)
+    bench.to(0)
     bench.pit.write(0x43, 1, 0x00)
     bench.to(0x123)
     bench.pit.write(0x43, 1, 0x00)
@@ -149,6 +215,7 @@ def test_single_byte_access_reads_its_byte(bench, access, expected):
     bench.program(0, 0, 0x1234, access=3)
     bench.pit.write(0x43, 1, access << 4)
     bench.pit.write(0x40, 1, 0x12 if access == 2 else 0x34)
+    bench.to(0)
     assert bench.pit.read(0x40, 1) == expected
 
 
@@ -162,6 +229,9 @@ def test_bcd_counts_in_decimal(bench):
 
 def test_read_back_gives_status_before_count(bench):
     bench.program(0, 2, 0x1234)
+    bench.pit.write(0x43, 1, 0xE2)
+    assert bench.pit.read(0x40, 1) == 0xF4
+    bench.to(0)
     bench.pit.write(0x43, 1, 0xC2)
     assert bench.pit.read(0x40, 1) == 0xB4
     assert bench.pit.read(0x40, 1) | bench.pit.read(0x40, 1) << 8 == 0x1234
