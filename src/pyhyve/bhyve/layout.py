@@ -63,6 +63,9 @@ ACPI_BASE: Final = 0xF2400
 BIOS_STUBS: Final = 0xFFE00
 """What real-mode interrupt vectors lead to, where a BIOS would have started the kernel."""
 
+BIOS_RESET: Final = 0xFFFF0
+"""F000:FFF0, where a PC's BIOS starts: a guest jumps there to be started anew."""
+
 ACPI_LIMIT: Final = BIOS_STUBS
 RSDP: Final = ACPI_BASE
 

@@ -31,6 +31,7 @@ from pyhyve.bhyve.lpc.pm import PM1_LENGTH, PowerManagement
 from pyhyve.bhyve.lpc.port92 import SystemControl
 from pyhyve.bhyve.lpc.post import PostCode
 from pyhyve.bhyve.lpc.reset import ResetControl
+from pyhyve.bhyve.mptable import build_mptable
 from pyhyve.bhyve.outcome import ConsoleWatch, Outcome, OutcomeKind, classify
 from pyhyve.bhyve.pci.bus import ConfigPorts, Ecam, PciBus
 from pyhyve.bhyve.pci.device import BarKind
@@ -39,6 +40,7 @@ from pyhyve.cpu import select
 from pyhyve.cpu.processor import Segment
 from pyhyve.vmm.cpuid import NOTE_HARDWARE
 from pyhyve.vmm.diagnosis.interrupts import Interrupts
+from pyhyve.vmm.io.apicregs import APIC_VERSION
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vatpit import Vatpit
 from pyhyve.vmm.io.vhpet import Vhpet
@@ -150,8 +152,21 @@ class Machine:
         apic_ids, pins = self.config.topology.apic_ids, self.config.ioapic_pins
         for gpa, table in build_acpi(apic_ids, high, fwcfg=has_fwcfg, ioapic_pins=pins):
             vm.memory.write(gpa, table)
+        vm.memory.write(layout.MPTABLE_BASE, self._mptable())
+        bios.write_reset(vm.memory)
         self._boot(load_kernel(vm.memory, self.config.files, low, high, rsdp=layout.RSDP))
         _release_heap()
+
+    def _mptable(self) -> bytes:
+        leaf = self.vm.cpuid.reported()[1, 0]
+        return build_mptable(
+            self.config.topology.apic_ids,
+            signature=leaf["eax"],
+            features=leaf["edx"],
+            lapic_version=APIC_VERSION & 0xFF,
+            ioapic_version=self.vioapic.version,
+            ioapic_pins=self.config.ioapic_pins,
+        )
 
     def _add_interrupt_controllers(self) -> None:
         vm = self.vm

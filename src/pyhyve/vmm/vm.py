@@ -143,6 +143,7 @@ class Vm:
         khz = hostcpu.tsc_khz()
         host, capabilities = without(self._host_cpuid, self.capabilities, cpu_features)
         policy = CpuidPolicy(host, capabilities, topology, khz, APIC_BUS_HZ // 1000)
+        self.cpuid: CpuidPolicy = policy
         check_wanted(cpu_features, policy.reported(), self.capabilities.name)
         self.tsc_khz = khz
         self._tsc_start = rdtsc()

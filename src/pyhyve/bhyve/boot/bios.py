@@ -29,6 +29,18 @@ _TIMER: Final = bytes.fromhex(
     "1f"  # pop ds
     "cf"  # iret
 )
+_RESET: Final = bytes.fromhex(
+    "baf90c"  # mov dx, 0xcf9
+    "b006"  # mov al, 6
+    "ee"  # out dx, al
+    "f4"  # hlt
+    "ebfd"  # jmp back to the hlt
+)
+
+
+def write_reset(memory: GuestMemory) -> None:
+    """Write what a guest finds at the BIOS's entry, when it jumps there to restart: a reset."""
+    memory.write(layout.BIOS_RESET, _RESET)
 
 
 def write_memory(memory: GuestMemory) -> None:
