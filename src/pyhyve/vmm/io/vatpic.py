@@ -1,7 +1,9 @@
 """The pair of 8259A interrupt controllers of a PC/AT, with the ELCR of the EISA and PCI chip sets.
 
 Intel 8259A datasheet, "Programming the 8259A" and "Fully Nested Mode"; for the edge/level control registers ICH9
-datasheet, "8259 Interrupt Controllers (PIC)". An edge stays latched until it is acknowledged, as under bhyve.
+datasheet, "8259 Interrupt Controllers (PIC)", whose 8259s have no LTIM bit: ELCR takes its place. An edge stays
+latched until it is acknowledged, as under bhyve; so does the slave's on the master's input 2, and what the slave has
+withdrawn by then is a spurious IRQ 15.
 """
 
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from pyhyve.vmm.io.line import Line, LineSource
 
 PORTS: Final = (0x20, 0x21, 0xA0, 0xA1, 0x4D0, 0x4D1)
 _CASCADE: Final = 2
+_SPURIOUS: Final = 7
 _ELCR_WRITABLE: Final = (0xF8, 0xDE)
 """IRQ 0, 1, 2, 8 and 13 are edge-triggered for good."""
 
@@ -52,6 +55,7 @@ class VatpicV1:
     slave: PicV1
     levels: tuple[tuple[bool, ...], ...]
     output: bool
+    slave_output: bool
 
 
 class _Pic:
@@ -198,11 +202,12 @@ class _Pic:
 class Vatpic:
     """Both controllers, cascaded on IRQ 2. `notify(level)` is called when the INTR output changes."""
 
-    __slots__ = ("_lines", "_master", "_notify", "_output", "_slave")
+    __slots__ = ("_lines", "_master", "_notify", "_output", "_slave", "_slave_output")
 
     def __init__(self, notify: Callable[[bool], None]) -> None:
         self._notify = notify
         self._output = False
+        self._slave_output = False
         self._master = _Pic()
         self._slave = _Pic()
         self._lines = [Line(self._on_change(irq)) for irq in range(16)]
@@ -219,6 +224,7 @@ class Vatpic:
         """Power-up state: nothing is delivered before initialization. The pins keep their levels."""
         self._master.reset()
         self._slave.reset()
+        self._slave_output = False
         self._update()
 
     # -- the processor's side -----------------------------------------------------------------------------------------
@@ -229,23 +235,21 @@ class Vatpic:
 
     def acknowledge(self) -> int:
         """The INTA cycle: the vector to take. With nothing pending (any more) it is the spurious IRQ 7 or 15."""
-        master = self._master
+        chip = self._master
         irq = self._resolve_master()
         if irq < 0:
-            return master.base | 7
-        master.accept(irq)
-        if irq == _CASCADE:
-            slave = self._slave
-            irq = slave.resolve()
+            return chip.base | _SPURIOUS
+        chip.accept(irq)
+        if irq == _CASCADE and not chip.single:
+            chip = self._slave
+            irq = chip.resolve()
             if irq < 0:
-                vector = slave.base | 7
+                irq = _SPURIOUS
             else:
-                slave.accept(irq)
-                vector = slave.base | irq
-        else:
-            vector = master.base | irq
+                chip.accept(irq)
+            self._slave_output = False  # it falls in the cycle, and rises again where more is waiting
         self._update()
-        return vector
+        return chip.base | irq
 
     # -- ports --------------------------------------------------------------------------------------------------------
 
@@ -277,8 +281,11 @@ class Vatpic:
         pic.poll = False
         irq = pic.resolve() if pic is self._slave else self._resolve_master()
         if irq < 0:
-            return 7
+            return _SPURIOUS
         pic.accept(irq)
+        if pic is self._slave:
+            self._slave_output = False
+            self._master.request &= ~(1 << _CASCADE)
         self._update()
         return 0x80 | irq
 
@@ -293,6 +300,8 @@ class Vatpic:
                 pic.data(value)
             else:
                 pic.command(value)
+                if value & _ICW1 and pic is self._master:
+                    self._slave_output = False  # the cascade is looked at anew
         self._update()
 
     def _write_elcr(self, pic: _Pic, value: int) -> None:
@@ -319,15 +328,14 @@ class Vatpic:
         return changed
 
     def _resolve_master(self) -> int:
-        """The master's choice; its cascade input follows the slave's output."""
         master = self._master
-        if self._slave.resolve() >= 0:
-            master.request |= 1 << _CASCADE
-        else:
-            master.request &= ~(1 << _CASCADE)
         return master.resolve(1 << _CASCADE if master.icw4 & _ICW4_SFNM else 0)
 
     def _update(self) -> None:
+        slave_output = self._slave.resolve() >= 0
+        if slave_output and not self._slave_output:
+            self._master.request |= 1 << _CASCADE
+        self._slave_output = slave_output
         output = self._resolve_master() >= 0
         if output != self._output:
             self._output = output
@@ -337,7 +345,7 @@ class Vatpic:
 
     def save(self) -> VatpicV1:
         levels = tuple(line.levels() for line in self._lines)
-        return VatpicV1(self._master.save(), self._slave.save(), levels, self._output)
+        return VatpicV1(self._master.save(), self._slave.save(), levels, self._output, self._slave_output)
 
     def restore(self, state: VatpicV1) -> None:
         """Take over a saved state; `notify` is not called (the local APIC restores its own pins)."""
@@ -346,3 +354,4 @@ class Vatpic:
         for line, levels in zip(self._lines, state.levels, strict=True):
             line.restore(levels)
         self._output = state.output
+        self._slave_output = state.slave_output
