@@ -3,22 +3,28 @@
     python tests/fuzz [--minutes M] [--setup NAME]… [--seed N] [--workers N] [--json] [--fresh]
 
 It goes on where the last run stopped (--fresh: from the beginning). Differences are shrunk, shown, and written to a
-file of cases that tests/fuzz/regressions takes. Exit status: 0 without differences, 1 with some, 2 if it cannot run.
+file of cases that tests/fuzz/regressions takes. Ctrl-C lets the units that run come to their end; once more does not.
+Exit status: 0 without differences, 1 with some, 2 if it cannot run, 130 if it was stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import Counter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() takes it
 sys.path.insert(0, str(Path(__file__).parent))
 
 import coverage
@@ -103,7 +109,10 @@ class Pool:
         here, there = self.context.Pipe()
         cpu = self.cpus[n % len(self.cpus)]
         process = self.context.Process(target=worker.serve, args=(there, cpu), daemon=True)
+        # Ctrl-C goes to the whole process group, and is the parent's alone
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         there.close()
         return process, here
 
@@ -129,6 +138,20 @@ class Pool:
             process.join()
 
 
+class Stop:
+    """Ctrl-C: the first asks for an end, the second raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fuzz-cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=5.0, help="how long (5)")
@@ -150,6 +173,7 @@ def state_directory() -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    stop = Stop()
     chosen = options(arguments)
     directory = state_directory()
     tally = Tally(directory / "account.json", chosen.fresh or chosen.seed is not None)
@@ -161,10 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
     before = tally.instructions
     start = time.monotonic()
     found: list[tuple[str, str, dict[str, Any]]] = []
-    try:
-        run(tally, setups, chosen, console, found, start)
-    except KeyboardInterrupt:
-        console.print("stopped")
+    with contextlib.suppress(KeyboardInterrupt):
+        run(tally, setups, chosen, console, found, start, stop)
     seconds = time.monotonic() - start
     tally.seconds += seconds
     if chosen.seed is None:
@@ -173,13 +195,20 @@ def main(arguments: list[str] | None = None) -> int:
         known = json.loads(cases.read_text()) if cases.exists() else []
         cases.parent.mkdir(parents=True, exist_ok=True)
         cases.write_text(json.dumps(known + [case for _, _, case in found if case], indent=1) + "\n")
-    summary(tally, chosen.json, console, len(found), tally.instructions - before, seconds, cases)
-    return 1 if found else 0
+    done = tally.instructions - before
+    if stop.asked and not chosen.json:
+        console.print(
+            f"stopped after {seconds:.0f} s: {done:,} instructions, {len(found)} differences; "
+            f"the next run goes on with unit {tally.next_unit}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    else:
+        summary(tally, chosen.json, console, len(found), done, seconds, cases)
+    return 130 if stop.asked else 1 if found else 0
 
 
 def run(
     tally: Tally, setups: list[str], chosen: argparse.Namespace, console: Console,
-    found: list[tuple[str, str, dict[str, Any]]], start: float,
+    found: list[tuple[str, str, dict[str, Any]]], start: float, stop: Stop,
 ) -> None:  # fmt: skip
     pool = Pool(chosen.workers)
     columns = (TextColumn("fuzz-cpu"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[told]}"))
@@ -192,9 +221,11 @@ def run(
             task = progress.add_task("", total=chosen.minutes * 60, told="")
             while True:
                 now = time.monotonic()
-                over = now - start >= chosen.minutes * 60 or (chosen.stop and found)
+                wanted = now - start < chosen.minutes * 60 and not stop.asked and not (chosen.stop and found)
+                # a unit is run with each of the setups: the next run begins with another one
+                over = not wanted and setup_at % len(setups) == 0
                 for n in range(chosen.workers):
-                    if pool.running[n] is None and not over:
+                    if pool.running[n] is None and (wanted or setup_at % len(setups)):
                         pool.send(n, tally.next_unit, setups[setup_at % len(setups)])
                         setup_at += 1
                         tally.next_unit += setup_at % len(setups) == 0
@@ -211,6 +242,9 @@ def run(
                 if not console.is_terminal and now - last_line >= 15:
                     last_line = now
                     console.print(f"{now - start:5.0f} s  {told}", highlight=False)
+    except KeyboardInterrupt:
+        tally.next_unit = min([tally.next_unit, *(unit for unit, _ in filter(None, pool.running))])
+        raise
     finally:
         pool.close()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from iced_x86 import Code, Instruction, Mnemonic
 sys.path.insert(0, str(Path(__file__).parent))
 undefined: Any = pytest.importorskip("undefined")
 engine = pytest.importorskip("pyhyve.cpu.bt.engine")
+Machine: Any = pytest.importorskip("guest").Machine
 
 HERE = Path(__file__).parent
 CASES = [case for path in sorted((HERE / "regressions").glob("*.json")) for case in json.loads(path.read_text())]
@@ -63,6 +66,54 @@ def test_random_instructions_do_as_on_the_host(capfd: pytest.CaptureFixture[str]
     summary: dict[str, Any] = json.loads(done.stdout)
     assert summary["instructions"] > 10_000
     assert summary["differences"] == 0
+
+
+def of_session(leader: int) -> list[float]:
+    """The processes of a session: the seconds that each has run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == leader and fields[0] != "Z":
+            found.append((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    return found
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_it_with_one_line_and_nothing_lost(tmp_path: Path, times: int) -> None:
+    missing = engine.Engine().unavailable()
+    if missing:
+        pytest.skip(missing)
+    command = [sys.executable, str(HERE), "--workers", "1"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    running = subprocess.Popen(
+        [*command, "--minutes", "5"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while max(of_session(running.pid)) < 2.5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for _ in range(times):
+        os.killpg(running.pid, signal.SIGINT)
+        time.sleep(0.02)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == 130, said
+    lines = [line for line in said.splitlines() if " opcodes, " not in line]  # without its progress
+    assert len(lines) == 1, said
+    assert lines[0].startswith("stopped after ")
+    deadline = time.monotonic() + 10
+    while of_session(running.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)  # the tracker of multiprocessing goes when it sees that the others have gone
+    assert of_session(running.pid) == []
+    kept = json.loads((tmp_path / "pyhyve" / "fuzz-cpu" / "account.json").read_text())
+    assert lines[0].endswith(f"goes on with unit {kept['next_unit']}")
+    again = subprocess.run([*command, "--minutes", "0", "--json"], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["total"]["instructions"] == kept["instructions"]
+    if times == 1:
+        assert kept["instructions"] > 10_000
+        assert len(set(kept["by_setup"])) == len(Machine.SETUPS)  # each unit with all of them
 
 
 def test_the_undefined_flags_are_those_that_iced_x86_names() -> None:
