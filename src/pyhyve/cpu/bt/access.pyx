@@ -8,7 +8,7 @@ from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport new_stub
 from pyhyve.cpu.bt.state cimport ACCESS_WRITE, TLB_ENTRIES, TlbEntry, Vcpu
-from pyhyve.cpu.bt.thunks cimport SHARED, MissMeta
+from pyhyve.cpu.bt.thunks cimport ADDEND, MissMeta
 
 
 cdef void effective_address(T* t, Insn* i, uint64_t next_rip) noexcept nogil:
@@ -69,8 +69,8 @@ cdef void effective_address(T* t, Insn* i, uint64_t next_rip) noexcept nogil:
 
 
 cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexcept nogil:
-    """r10: linear address to host address, `width` bytes readable (or writable) there. Keeps guest registers, and
-    flags where `live`; destroys r11."""
+    """r10: linear address to host address (with ADDEND: to what is to be added to the linear one), `width` bytes readable
+    (or writable) there. Keeps guest registers, and flags where `live`; destroys r11."""
     cdef Emit* e = &t.e
     cdef Stub* s
     cdef MissMeta* m
@@ -105,7 +105,7 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         e32(e, 0x1000 - width)
         site = jcc_fwd(e, CC_A)
         e1(e, 0x65)
-        if access & SHARED:
+        if access & ADDEND:
             e3(e, 0x4D, 0x8B, 0x93)              # mov r10, gs:[r11 + addend]
             e32(e, <uint32_t>(table + OFF(&(<TlbEntry*>NULL).addend)))
         else:
@@ -130,7 +130,7 @@ cdef void host_address(T* t, int i, int access, uint32_t width, int live) noexce
         ld_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
         e1(e, 0x65)
         e2(e, 0x4E, 0x8B)
-        if access & SHARED:
+        if access & ADDEND:
             e2(e, 0x14, 0xDD)                    # mov r10, [r11 * 8 + addend]
             e32(e, <uint32_t>(table + OFF(&(<TlbEntry*>NULL).addend)))
         else:

@@ -6,7 +6,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport Block, Cache
 from pyhyve.cpu.bt.decode cimport Insn
-from pyhyve.cpu.bt.emit cimport H_GSP, Emit
+from pyhyve.cpu.bt.emit cimport H_GSP, H_T0, Emit, e1, e2, e32
 from pyhyve.cpu.bt.state cimport R10, R11, R15, RSP, Vcpu
 
 cdef enum:
@@ -67,6 +67,8 @@ cdef struct T:
     int check               # bit SEG_*: accesses through ES, SS or DS are checked
     int sp16                # the stack pointer is SP
     int align               # alignment is checked
+    int at_index            # a checked operand is at [r10 + at_index + at_disp]; -1: at [r10]
+    int32_t at_disp
     int guard               # of the access that is being made: MissMeta.bank without the bank
     int n
     int n_stubs
@@ -120,3 +122,26 @@ cdef inline uint64_t branch_target(T* t, int n) noexcept nogil:
     """Where direct branch n of the block goes."""
     cdef Insn* i = &t.insns[n]
     return near_target(t, i, t.rips[n] + i.length + <uint64_t>i.imm)
+
+
+cdef inline uint32_t at_rex(T* t) noexcept nogil:
+    """The bits of REX that the checked operand needs."""
+    return 0x41 | (0x42 if t.at_index >= 8 else 0)
+
+cdef inline void at_modrm(T* t, int reg, int32_t off) noexcept nogil:
+    """ModRM and what follows it, for `off` bytes behind the checked operand's first."""
+    cdef int32_t disp = off + (t.at_disp if t.at_index >= 0 else 0)
+    cdef uint32_t mod = 0 if disp == 0 else (0x40 if -128 <= disp <= 127 else 0x80)
+    if t.at_index >= 0:
+        e2(&t.e, mod | (reg & 7) << 3 | 4, (t.at_index & 7) << 3 | (H_T0 & 7))
+    else:
+        e1(&t.e, mod | (reg & 7) << 3 | (H_T0 & 7))
+    if mod == 0x40:
+        e1(&t.e, <uint32_t>disp & 0xFF)
+    elif mod:
+        e32(&t.e, <uint32_t>disp)
+
+cdef inline void at_op(T* t, uint32_t op, int reg, int32_t off) noexcept nogil:
+    """op reg, qword [the checked operand + off]"""
+    e2(&t.e, 0x48 | (reg & 8) >> 1 | at_rex(t), op)
+    at_modrm(t, reg, off)

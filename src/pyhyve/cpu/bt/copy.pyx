@@ -9,7 +9,7 @@ from pyhyve.cpu.bt.copy_evex cimport emit_evex, masked_operand
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.kinds cimport is_vector
-from pyhyve.cpu.bt.sharing cimport operand
+from pyhyve.cpu.bt.sharing cimport operand, operand_at
 from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, Vcpu
 
@@ -76,6 +76,7 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
     cdef int live = t.live[n] | i.flags_read
     cdef int st_reg, st_rm
 
+    t.at_index = -1
     if i.opcode == 0x8D and i.map == 0 and i.enc == ENC_LEGACY:
         _lea(t, n)
         return
@@ -149,8 +150,10 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
         else:
             if i.masked:
                 masked_operand(t, n, live)
-            else:
+            elif high8 or i.attr & A_VVVV_GPR:
                 operand(t, n, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.mem_width, live)
+            else:
+                operand_at(t, n, ACCESS_READ if i.mem_access == M_READ else ACCESS_WRITE, i.mem_width, live)
             used |= 1
 
     # 2. registers
@@ -195,6 +198,8 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
         k |= 0x40
         if mem:
             k |= 0 if base & 8 else 0x20
+            if t.at_index >= 8:
+                k &= ~0x40
         else:
             k |= 0 if rm & 8 else 0x20
         k |= i.map
@@ -255,7 +260,7 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
                 rex |= 0x44
             if mem:
                 if base & 8:
-                    rex |= 0x41
+                    rex |= at_rex(t)
             elif rm & 8:
                 rex |= 0x41
         if rex:
@@ -272,7 +277,10 @@ cdef void emit_copy(T* t, int n) noexcept nogil:
             e1(e, opcode)
     if i.attr & (A_MODRM | A_MOFFS) and not (i.attr & A_OPREG):
         if mem:
-            e1(e, ((reg & 7) << 3) | (base & 7))         # [r10] or [rdi]: neither needs SIB nor displacement
+            if base == H_T0:
+                at_modrm(t, reg, 0)
+            else:
+                e1(e, ((reg & 7) << 3) | (base & 7))     # [rdi]
         else:
             e1(e, 0xC0 | ((reg & 7) << 3) | (rm & 7))
     if not (i.attr & A_MOFFS):

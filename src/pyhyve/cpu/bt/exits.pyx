@@ -7,7 +7,7 @@ from pyhyve.cpu.bt.codecache cimport ibt_hash
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.state cimport ACCESS_WRITE, IBT_ENTRIES, WAY_ENTRIES, TlbEntry, Vcpu
-from pyhyve.cpu.bt.thunks cimport GROUP, SHARED, ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
+from pyhyve.cpu.bt.thunks cimport ADDEND, GROUP, SHARED, ibt_r10, LEAVE_BRANCH, LEAVE_POLL, LinkMeta, MicroMeta, MissMeta, put_mask
 
 
 cdef inline bint _linkable(T* t, uint64_t target) noexcept nogil:
@@ -157,8 +157,8 @@ cdef void _second_way(T* t, Stub* s) noexcept nogil:
     state_operand(e, 1, OFF(&(<Vcpu*>NULL).second_left), 0)
     promote = jcc_fwd(e, CC_E)
     e1(e, 0x65)                                  # mov r10, gs:[r11 + addend], or add r10, gs:[r11 + hva]
-    e3(e, 0x4D, 0x8B if s.access & SHARED else 0x03, 0x93)
-    e32(e, <uint32_t>(entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & SHARED else OFF(&(<TlbEntry*>NULL).hva))))
+    e3(e, 0x4D, 0x8B if s.access & ADDEND else 0x03, 0x93)
+    e32(e, <uint32_t>(entry + (OFF(&(<TlbEntry*>NULL).addend) if s.access & ADDEND else OFF(&(<TlbEntry*>NULL).hva))))
     rel32_to(jmp_fwd(e), s.resume)
     rel32_to(miss, e.p)
     rel32_to(promote, e.p)

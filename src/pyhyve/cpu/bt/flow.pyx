@@ -10,7 +10,7 @@ from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.exits cimport call_go, call_r10, go, go_ibt_r10, jcc_go, ret_r10
 from pyhyve.cpu.bt.flow32 cimport emit_branch32, emit_stack32
 from pyhyve.cpu.bt.kinds cimport is_jcc, is_pop_reg, is_push_reg
-from pyhyve.cpu.bt.sharing cimport operand, stack_operand
+from pyhyve.cpu.bt.sharing cimport operand_at, stack_operand
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RBP, RSP, Vcpu
 from pyhyve.cpu.bt.thunks cimport GROUP
 
@@ -33,7 +33,7 @@ cdef int _pushes(T* t, int n) noexcept nogil:
             r = H_T1
         else:
             r = host_of(r)
-        op_mem(e, 0x89, r, H_T0, 8 * (count - 1 - k), 1)
+        at_op(t, 0x89, r, 8 * (count - 1 - k))
     commit_store(t, n)
     lea_rd(e, H_GSP, H_GSP, -8 * count, 1)
     return count
@@ -57,12 +57,12 @@ cdef int _pops(T* t, int n) noexcept nogil:
     for k in range(count):
         r = t.insns[n + k].rm
         if special(r):
-            op_mem(e, 0x8B, H_T1, H_T0, 8 * k, 1)
+            at_op(t, 0x8B, H_T1, 8 * k)
             st_gs(e, H_T1, o_gpr(r))
         else:
-            op_mem(e, 0x8B, host_of(r), H_T0, 8 * k, 1)
+            at_op(t, 0x8B, host_of(r), 8 * k)
     if ret:
-        op_mem(e, 0x8B, H_T0, H_T0, 8 * count, 1)
+        at_op(t, 0x8B, H_T0, 8 * count)
     lea_rd(e, H_GSP, H_GSP, 8 * (count + ret), 1)
     if ret:
         ret_r10(t)
@@ -70,13 +70,13 @@ cdef int _pops(T* t, int n) noexcept nogil:
 
 
 cdef void _store_imm64(T* t, uint64_t value) noexcept nogil:
-    """mov qword [r10], value; destroys r11"""
+    """mov qword [the checked operand], value; destroys r11"""
     if fits32(value):
-        e3(&t.e, 0x49, 0xC7, 0x02)
+        at_op(t, 0xC7, 0, 0)
         e32(&t.e, <uint32_t>value)
     else:
         mov_imm(&t.e, H_T1, value)
-        op_mem(&t.e, 0x89, H_T1, H_T0, 0, 1)
+        at_op(t, 0x89, H_T1, 0)
 
 
 cdef bint emit_stack(T* t, int n, int* took) noexcept nogil:
@@ -101,18 +101,18 @@ cdef bint emit_stack(T* t, int n, int* took) noexcept nogil:
         lea_rd(e, H_GSP, H_GSP, -8, 1)
         return True
     if i.map == 0 and i.opcode == 0xFF and (i.reg & 7) == 6 and i.attr & A_MEM:
-        operand(t, n, ACCESS_READ, 8, t.live[n])
-        op_mem(e, 0x8B, H_T1, H_T0, 0, 1)
+        operand_at(t, n, ACCESS_READ, 8, t.live[n])
+        at_op(t, 0x8B, H_T1, 0)
         st_gs(e, H_T1, OFF(&(<Vcpu*>NULL).tmp0))
         stack_operand(t, n, RSP, -8, ACCESS_WRITE, 8, t.live[n])
         ld_gs(e, H_T1, OFF(&(<Vcpu*>NULL).tmp0))
-        op_mem(e, 0x89, H_T1, H_T0, 0, 1)
+        at_op(t, 0x89, H_T1, 0)
         commit_store(t, n)
         lea_rd(e, H_GSP, H_GSP, -8, 1)
         return True
     if i.map == 0 and i.opcode == 0xC9:
         stack_operand(t, n, RBP, 0, ACCESS_READ, 8, t.live[n])
-        op_mem(e, 0x8B, H_T1, H_T0, 0, 1)
+        at_op(t, 0x8B, H_T1, 0)
         lea_rd(e, H_GSP, H_RBP, 8, 1)
         mov_rr(e, H_RBP, H_T1)
         return True
@@ -126,8 +126,8 @@ cdef void _load_rm64(T* t, int n) noexcept nogil:
     cdef Insn* i = &t.insns[n]
     cdef Emit* e = &t.e
     if i.attr & A_MEM:
-        operand(t, n, ACCESS_READ, 8, t.live[n])
-        op_mem(e, 0x8B, H_T0, H_T0, 0, 1)
+        operand_at(t, n, ACCESS_READ, 8, t.live[n])
+        at_op(t, 0x8B, H_T0, 0)
     elif special(i.rm):
         ld_gs(e, H_T0, o_gpr(i.rm))
     else:
@@ -187,7 +187,7 @@ cdef bint emit_branch(T* t, int n) noexcept nogil:
         return True
     if op == 0xC3 or op == 0xC2:
         stack_operand(t, n, RSP, 0, ACCESS_READ, 8, t.live[n])
-        op_mem(e, 0x8B, H_T0, H_T0, 0, 1)
+        at_op(t, 0x8B, H_T0, 0)
         lea_rd(e, H_GSP, H_GSP, 8 + (<int32_t>(i.imm & 0xFFFF) if op == 0xC2 else 0), 1)
         ret_r10(t)
         return True

@@ -131,7 +131,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     cdef int r
     cdef int access = m.access & 3
     cdef int group = m.access & (GROUP | SHARED)
-    cdef uint64_t sub = lin if m.access & SHARED else 0
+    cdef uint64_t sub = lin if m.access & ADDEND else 0
     cdef int bank = m.bank & 3
     cdef uint32_t width = m.width
     v.rip = m.rip
@@ -143,7 +143,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
         return _leave_access(v, R_SLOW, group, lin, width, access)
     if (lin & 0xFFF) + width > 0x1000:
         hva = _two_pages(v, lin, width, access, bank, 0, &r)
-        if hva and (not sub or access == ACCESS_READ and hva != bounce_of(v, lin)
+        if hva and (not m.access & SHARED or access == ACCESS_READ and hva != bounce_of(v, lin)
                     and (v.mode_key & (2 << MODE_SIZE_SHIFT) or lin + width <= <uint64_t>1 << 32)):
             return hva - sub
         if hva:
@@ -155,11 +155,11 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     r = mmu_fill(v, lin, access, bank)
     if r == R_OK:
         return v.tlb[bank * TLB_ENTRIES + ((lin >> 12) & (TLB_ENTRIES - 1))].hva + (lin & 0xFFF) - sub
-    if r == R_SLOW and not sub:
+    if r == R_SLOW and not m.access & SHARED:
         r = mmu_page(v, lin, access, bank, &hva, &info)
         if r == R_OK:
             if not code_overlaps(v, hva, width):
-                return hva
+                return hva - sub
             r = R_SLOW
     return _leave_access(v, r, group, lin, width, access)
 

@@ -10,7 +10,7 @@ from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
 from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE, RAX, RBP, RCX, RSP, SEG_CS, SEG_DS, SEG_FS, SEG_SS, Vcpu
-from pyhyve.cpu.bt.thunks cimport SHARED
+from pyhyve.cpu.bt.thunks cimport ADDEND, SHARED
 
 # --- before code is made ---------------------------------------------------------------------------------------------
 
@@ -229,17 +229,19 @@ cdef int _share_range(T* t, int n, int k, Access* a, int32_t* lo, int32_t* hi) n
     return found
 
 
-cdef inline void _add_addend(T* t, int base, int32_t disp) noexcept nogil:
-    """r10 += base + disp"""
+cdef inline void _at(T* t, int base, int32_t disp) noexcept nogil:
+    """r10 is the addend; the operand is at base + disp."""
     if t.size == 64:
-        lea_sib(&t.e, H_T0, H_T0, base, 0, disp, 1)
+        t.at_index = base
+        t.at_disp = disp
     else:
+        t.at_index = -1
         lea_rd(&t.e, H_T1, base, disp, 0)
         lea_sib(&t.e, H_T0, H_T0, H_T1, 0, 0, 1)
 
 
 cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width, int live) noexcept nogil:
-    """r10 = host address of [base + disp], by a check that serves several accesses. False: this one is alone.
+    """The host address of [base + disp], by a check that serves several accesses. False: this one is alone.
     `off` and `width` are of all that this access needs (a group of pushes: more than acc[n][k] says)."""
     cdef Access* a = &t.acc[n][k]
     cdef Emit* e = &t.e
@@ -253,7 +255,7 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
         if s.base == a.base and s.version == a.version and s.lo <= off and off + <int32_t>width <= s.hi \
                 and (s.write or not a.write):
             ld_gs(e, H_T0, o_share(j))
-            _add_addend(t, host_of(a.base), disp)
+            _at(t, host_of(a.base), disp)
             return True
     if t.n_shares >= 16:
         return False
@@ -268,15 +270,14 @@ cdef bint _shared(T* t, int n, int k, int32_t off, int32_t disp, uint32_t width,
     s.hi = hi
     s.write = a.write
     lea_rd(e, H_T0, host_of(a.base), disp + (lo - off), t.size == 64)
-    host_address(t, n, (ACCESS_WRITE if a.write else ACCESS_READ) | SHARED, <uint32_t>(hi - lo), live)
+    host_address(t, n, (ACCESS_WRITE if a.write else ACCESS_READ) | SHARED | ADDEND, <uint32_t>(hi - lo), live)
     st_gs(e, H_T0, o_share(t.n_shares))
-    _add_addend(t, host_of(a.base), disp)
+    _at(t, host_of(a.base), disp)
     t.n_shares += 1
     return True
 
 
-cdef void operand(T* t, int n, int access, uint32_t width, int live) noexcept nogil:
-    """r10 = host address of instruction n's memory operand."""
+cdef void operand_at(T* t, int n, int access, uint32_t width, int live) noexcept nogil:
     cdef Access* a = &t.acc[n][0]
     cdef Insn* i = &t.insns[n]
     if a.valid and a.width == width and _shared(t, n, 0, a.off, a.disp, width, live):
@@ -284,11 +285,22 @@ cdef void operand(T* t, int n, int access, uint32_t width, int live) noexcept no
     effective_address(t, i, t.rips[n] + i.length)
     add_segment(t, i.seg, access, width)
     add_alignment(t, i, width)
-    host_address(t, n, access, width, live)
+    if a.valid and t.size == 64:
+        host_address(t, n, access | ADDEND, width, live)
+        _at(t, host_of(a.base), a.disp)
+    else:
+        host_address(t, n, access, width, live)
+        t.at_index = -1
+
+
+cdef void operand(T* t, int n, int access, uint32_t width, int live) noexcept nogil:
+    operand_at(t, n, access, width, live)
+    if t.at_index >= 0:
+        lea_sib(&t.e, H_T0, H_T0, t.at_index, 0, t.at_disp, 1)
+        t.at_index = -1
 
 
 cdef void stack_operand(T* t, int n, int base, int32_t disp, int access, uint32_t width, int live) noexcept nogil:
-    """r10 = host address of SS:[base + disp], `width` bytes of stack."""
     cdef Access* a = &t.acc[n][1]
     if a.valid and _shared(t, n, 1, a.off + disp - a.disp, disp, width, live):
         return
@@ -298,4 +310,9 @@ cdef void stack_operand(T* t, int n, int base, int32_t disp, int access, uint32_
         e2(&t.e, 0xB7, 0xD2)
     add_segment(t, SEG_SS, access, width)
     add_alignment(t, NULL, width)
-    host_address(t, n, access, width, live)
+    if t.size == 64 and not t.slow:
+        host_address(t, n, access | ADDEND, width, live)
+        _at(t, host_of(base), disp)
+    else:
+        host_address(t, n, access, width, live)
+        t.at_index = -1

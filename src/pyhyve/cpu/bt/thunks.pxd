@@ -22,7 +22,8 @@ cdef enum:
     LEAVE_SINGLE = 8        # go on at v.rip with stack accesses checked one by one
 
     GROUP = 0x80            # in MissMeta.access: several stack accesses checked at once
-    SHARED = 0x40           # the check serves later accesses too: the helper returns the addend
+    SHARED = 0x40           # the check serves later accesses too
+    ADDEND = 0x20           # the helper returns what is to be added to the linear address, not the host address
 
 ctypedef packed struct LinkMeta:    # at r11 in the link thunk
     int32_t site            # the rel32 to patch: its address less this structure's
