@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from pyhyve.base.errors import UsageError
+from pyhyve.base.explanation import Explanation, Stage
 from pyhyve.vmm.diagnosis import ioapicroute, picroute
 from pyhyve.vmm.diagnosis.ioapicroute import PinState, target_stages
 from pyhyve.vmm.diagnosis.processor import MODES, Cpu, cpus, entry_stages, times
-from pyhyve.vmm.diagnosis.report import Explanation, Stage
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import FIXED, NMI
 from pyhyve.vmm.io.apicregs import (
@@ -55,19 +55,22 @@ def explain_irq(snapshot: Snapshot, irq: int, vcpu: int | None = None) -> Explan
     if vcpu is not None and all(cpu.vcpu.index != vcpu for cpu in state.targets) and not state.masked:
         stages.append(Stage("destination", f"not vCPU {vcpu}", f"I/O APIC pin {pin} does not name vCPU {vcpu}"))
     taken = sum(cpu.vcpu.delivered[state.vector] for cpu in state.targets) if state.fixed else 0
+    waiting = state.fixed and any(cpu.pending(state.vector) for cpu in state.targets)
     if not picroute.has_input(irq):
-        return _conclude(subject, stages, f"vector {state.vector:#x}", taken)
+        return _conclude(subject, stages, f"vector {state.vector:#x}", taken, waiting)
     legacy = picroute.input_stages(snapshot, irq)
     if state.masked and not state.under_way:
         if picroute.is_open(snapshot, irq):
             vector = picroute.vector_of(snapshot, irq)
             # The way that the guest uses comes first: the other one's mask is no reason.
             count = snapshot.vcpus[0].delivered[vector]
-            return _conclude(subject, [*legacy, *_quiet(stages)], f"vector {vector:#x}, from the 8259s", count)
+            waiting = picroute.waits(snapshot, irq)
+            what = f"vector {vector:#x}, from the 8259s,"
+            return _conclude(subject, [*legacy, *_quiet(stages)], what, count, waiting)
         both = f"{subject} is masked at the I/O APIC (pin {pin}, entry {state.entry:#x}) and does not pass the 8259s"
         reason = next((stage.reason for stage in legacy[1:] if stage.holds), "")
         return Explanation(subject, f"{both}: {reason}.", "I/O APIC mask", (*stages, *legacy))
-    return _conclude(subject, [*stages, *_quiet(legacy)], f"vector {state.vector:#x}", taken)
+    return _conclude(subject, [*stages, *_quiet(legacy)], f"vector {state.vector:#x}", taken, waiting)
 
 
 def explain_vector(snapshot: Snapshot, vector: int, vcpu: int | None = None) -> Explanation:
@@ -83,7 +86,7 @@ def explain_vector(snapshot: Snapshot, vector: int, vcpu: int | None = None) -> 
     what = f"vector {vector:#x}"
     if busy:
         stages = [*_quiet(sources), *(stage for cpu in busy for stage in target_stages(cpu, vector))]
-        return _conclude(subject, stages, what, taken)
+        return _conclude(subject, stages, what, taken, any(cpu.pending(vector) for cpu in busy))
     for pin in range(len(snapshot.ioapic.entries)):
         named = {cpu.vcpu.index for cpu in PinState.of(snapshot, pin).targets}
         if _pin_has(snapshot, pin, vector) and (vcpu is None or vcpu in named):
@@ -91,7 +94,8 @@ def explain_vector(snapshot: Snapshot, vector: int, vcpu: int | None = None) -> 
             return _conclude(subject, [*sources, *stages], what, taken)
     for irq in range(picroute.INPUTS):
         if _input_has(snapshot, irq, vector) and vcpu in (None, 0):
-            return _conclude(subject, [*sources, *picroute.input_stages(snapshot, irq)], what, taken)
+            stages = [*sources, *picroute.input_stages(snapshot, irq)]
+            return _conclude(subject, stages, what, taken, picroute.waits(snapshot, irq))
     stages = [*sources, *_message_stages(snapshot, vector)]
     for cpu in everyone:
         stages += target_stages(cpu, vector)
@@ -131,7 +135,7 @@ def explain_nmi(snapshot: Snapshot, vcpu: int = 0) -> Explanation:
     stages.append(Stage("NMI blocking", "blocked" if blocked else "not blocked", reason if blocked else ""))
     count = state.nmis_delivered
     stages.append(Stage("delivered", times(count), "", {"count": count}))
-    return _conclude(subject, stages, "the NMI", count)
+    return _conclude(subject, stages, "the NMI", count, waiting)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------
@@ -212,17 +216,14 @@ def _message_stages(snapshot: Snapshot, vector: int) -> list[Stage]:
 # -- the verdict -------------------------------------------------------------------------------------------------------
 
 
-def _conclude(subject: str, stages: Sequence[Stage], what: str, taken: int) -> Explanation:
+def _conclude(subject: str, stages: Sequence[Stage], what: str, taken: int, waiting: bool = False) -> Explanation:
     """Make the verdict: the stage that holds, or that none does."""
     holding = [stage for stage in stages if stage.holds]
     first = next((stage for stage in holding if stage.name in _MASKS), holding[0] if holding else None)
     if first is not None:
-        tail = "" if first.name.endswith("delivered") else f"; taken {times(taken)} so far"
-        return Explanation(subject, f"{subject}: {first.reason}{tail}.", first.name, tuple(stages))
-    verdict = (
-        f"{subject}: nothing holds it; {what} is taken at the next entry if it waits, and was taken {times(taken)}"
-    )
-    return Explanation(subject, f"{verdict}.", None, tuple(stages))
+        return Explanation(subject, f"{subject}: {first.reason}; {times(taken)}.", first.name, tuple(stages))
+    how = f"nothing holds it: {what} waits and is taken at the next entry" if waiting else "nothing holds or awaits it"
+    return Explanation(subject, f"{subject}: {how}; {times(taken)}.", None, tuple(stages))
 
 
 def _quiet(stages: Sequence[Stage]) -> list[Stage]:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from pyhyve.base.errors import UsageError
+from pyhyve.base.explanation import Explanation
 from pyhyve.vmm.diagnosis.explain import explain_irq, explain_nmi, explain_vector
-from pyhyve.vmm.diagnosis.report import Explanation
 from pyhyve.vmm.diagnosis.snapshot import Snapshot, take
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vioapic import Vioapic

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pyhyve.base.explanation import Stage
 from pyhyve.vmm.diagnosis.processor import (
     MODES,
     Cpu,
@@ -11,7 +12,6 @@ from pyhyve.vmm.diagnosis.processor import (
     enabled_stage,
     entry_stages,
 )
-from pyhyve.vmm.diagnosis.report import Stage
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, LOWEST_PRIORITY, NMI
 from pyhyve.vmm.io.vioapic import RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
@@ -105,7 +105,9 @@ def _line_stage(state: PinState) -> Stage:
 def _mask_stage(state: PinState) -> Stage:
     reason = ""
     if state.masked and not state.under_way:
-        asserted = "" if not state.asserters else f", while {state.asserters} of its sources assert it"
+        asserted = f", while {state.asserters} of its sources assert it" if state.asserters else ""
+        if not state.sources:
+            asserted = ", and no device is wired to it"
         reason = f"I/O APIC pin {state.pin} is masked (entry {state.entry:#x}, bit 16){asserted}"
     return Stage("I/O APIC mask", "masked" if state.masked else "open", reason, {"entry": state.entry})
 

@@ -2,8 +2,8 @@
 
 from typing import Final
 
+from pyhyve.base.explanation import Stage
 from pyhyve.vmm.diagnosis.processor import MODES, Cpu, cpus, delivered_stage, entry_stages
-from pyhyve.vmm.diagnosis.report import Stage
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT
 from pyhyve.vmm.io.apicregs import LVT_LINT0, LVT_MASKED
@@ -38,6 +38,12 @@ def is_open(snapshot: Snapshot, irq: int) -> bool:
     return pic.ready and not pic.mask >> line & 1 and through
 
 
+def waits(snapshot: Snapshot, irq: int) -> bool:
+    """Whether the 8259s have the input's request and raise INTR, be it for this one or for another."""
+    pic, line, _ = _chip(snapshot, irq)
+    return snapshot.pic.output and bool(pic.request >> line & 1)
+
+
 def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
     """All stages of an ISA interrupt on its way through the 8259s."""
     pic, line, chip = _chip(snapshot, irq)
@@ -66,7 +72,7 @@ def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
     stages.append(_service_stage(pic, line, f"IRQ {irq}", chip, requested))
     if chip.startswith("slave"):
         stages += _cascade_stages(snapshot.pic.master, requested and not masked)
-    waiting = snapshot.pic.output and requested
+    waiting = waits(snapshot, irq)
     bootstrap = cpus(snapshot)[0]
     stages.append(_intr_stage(bootstrap, snapshot.pic.output, waiting))
     vector = pic.base | line

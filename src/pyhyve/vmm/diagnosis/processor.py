@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from pyhyve.vmm.diagnosis.report import Stage
+from pyhyve.base.explanation import Stage
 from pyhyve.vmm.diagnosis.snapshot import Snapshot, VcpuSnapshot
 from pyhyve.vmm.io.apicregs import BASE_ENABLED, BASE_X2APIC, DFR, ID, LDR, SVR, SVR_ENABLED, TPR
 from pyhyve.vmm.io.vlapic import VlapicV1

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 from fake_processor import IF, FakeProcessor
 
+from pyhyve.base.explanation import Explanation
 from pyhyve.base.protocols import IrqPin
 from pyhyve.vmm.diagnosis.interrupts import Interrupts
-from pyhyve.vmm.diagnosis.report import Explanation
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vioapic import IOREDTBL, IOREGSEL, IOWIN, Vioapic
 from pyhyve.vmm.io.vlapic import Vlapic

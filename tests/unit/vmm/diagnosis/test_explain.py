@@ -7,7 +7,7 @@ import pytest
 from fake_processor import IF
 
 from pyhyve.base.errors import UsageError
-from pyhyve.vmm.diagnosis.report import Explanation
+from pyhyve.base.explanation import Explanation
 from pyhyve.vmm.io.apicregs import APIC_DEFAULT_BASE, BASE_ENABLED, BASE_X2APIC, MSR_APIC_BASE
 
 VECTOR = 0x41
@@ -123,7 +123,7 @@ def test_destination_is_another_vcpu(make_bench):
     bench = make_bench(2)
     bench.route(4, 1 << 56 | VECTOR)
     bench.irq[4].set_level(True)
-    held(bench.explain(4, vcpu=1), None, "nothing holds it")
+    held(bench.explain(4, vcpu=1), None, "waits and is taken at the next entry")
     explanation = bench.explain(4, vcpu=0)
     assert any(stage.holds and "does not name vCPU 0" in stage.reason for stage in explanation.stages)
 
@@ -210,7 +210,7 @@ def test_halted_vcpu_with_interrupts_off(bench):
 def test_deliverable_interrupt_is_held_by_nothing(bench):
     bench.route(4, VECTOR)
     bench.irq[4].set_level(True)
-    held(bench.explain(4), None, "nothing holds it", "vector 0x41 is taken at the next entry")
+    held(bench.explain(4), None, "nothing holds it", "vector 0x41 waits and is taken at the next entry")
 
 
 def test_delivered_is_counted(bench):
@@ -345,7 +345,7 @@ def test_vector_of_a_timer_that_is_not_armed(bench):
 def test_vector_of_an_armed_timer(bench):
     bench.lapic(0).write(LVT_TIMER, 4, 1 << 17 | 0xEC)
     bench.lapic(0).write(TIMER_INITIAL, 4, 0xFFFF_FFFF)
-    explanation = held(bench.explain(vector=0xEC), None, "nothing holds it")
+    explanation = held(bench.explain(vector=0xEC), None, "nothing holds or awaits it")
     assert any(stage.state.startswith("periodic, due in") for stage in explanation.stages)
 
 
@@ -397,7 +397,7 @@ def test_nmi_masked_at_its_pin(bench):
 def test_nmi_does_not_mind_interrupts_off(bench):
     bench.backends[0].registers["rflags"] = 2 & ~IF
     bench.vm.vcpus[0].post_nmi()
-    held(bench.explain(nmi=True), None, "the NMI is taken at the next entry")
+    held(bench.explain(nmi=True), None, "the NMI waits and is taken at the next entry")
     bench.take()
     held(bench.explain(nmi=True), "NMI latch", "taken once")
 
