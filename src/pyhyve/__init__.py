@@ -13,6 +13,8 @@ Everything is imported when it is first used: `import pyhyve` itself costs nothi
 
 from typing import TYPE_CHECKING, Any
 
+from pyhyve.base.version import __version__
+
 if TYPE_CHECKING:
     from pyhyve.api import Machine
     from pyhyve.base.errors import HostError, PyhyveError, UsageError
@@ -32,8 +34,6 @@ __all__ = [
     "UsageError",
     "__version__",
 ]
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Machine": "pyhyve.api",

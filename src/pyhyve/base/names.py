@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from pyhyve.base.errors import HostError, UsageError
+from pyhyve.base.wire import node_path
 
 RUN_DIR_VARIABLE: Final = "PYHYVE_RUN_DIR"
 """Names the directory of running VMs, where the usual one will not do."""
@@ -106,6 +107,7 @@ class NameLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # As release() does: whoever opened it before sees that it is no longer the one.
                 if self._is_current(fd, path):
+                    node_path(self.directory, path.name).unlink(missing_ok=True)
                     path.unlink(missing_ok=True)
             except OSError:
                 pass  # somebody's

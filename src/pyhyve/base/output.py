@@ -1,7 +1,8 @@
 """Lines for whoever started us. Where nobody reads them any more, the exit status alone tells."""
 
 import os
-from typing import TextIO
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 
 def say(text: str, stream: TextIO | None) -> None:
@@ -24,3 +25,20 @@ def silence(stream: TextIO | None) -> None:
         os.close(nowhere)
     except (OSError, ValueError):
         pass
+
+
+def table(figures: Mapping[str, Any], indent: str = "") -> str:
+    """Return nested figures as aligned lines."""
+    lines = []
+    for name, value in figures.items():
+        label = f"{indent}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            if value:
+                lines += [f"{label}:", table(value, indent + "  ")]
+        elif isinstance(value, float):
+            lines.append(f"{label:<34}{value:>16,.6f}")
+        elif isinstance(value, int):
+            lines.append(f"{label:<34}{value:>16,}")
+        else:
+            lines.append(f"{label:<34}{value:>16}")
+    return "\n".join(lines)

@@ -22,6 +22,8 @@ from pyhyve.bhyve.boot.loader import load_kernel
 from pyhyve.bhyve.boot.state import BootState
 from pyhyve.bhyve.config import MachineConfig, format_size
 from pyhyve.bhyve.console import Console, Quit
+from pyhyve.bhyve.control.methods import methods
+from pyhyve.bhyve.control.server import ControlNode
 from pyhyve.bhyve.lpc import fwcfg, testdev
 from pyhyve.bhyve.lpc.com import ComPort
 from pyhyve.bhyve.lpc.debugexit import DebugExit
@@ -123,6 +125,9 @@ class Machine:
             self._flush_armed = False
             self.watch = ConsoleWatch(console.write, self._on_panic, self._flush_soon)
             self._build()
+            self._node = ControlNode(self._lock.directory, self.name, methods(self))
+            undo.callback(self._node.close)
+            self._node.start()
             undo.pop_all()
         self.vcpus = [VcpuView(self.vm, vcpu) for vcpu in self.vm.vcpus]
 
@@ -372,6 +377,7 @@ class Machine:
             if self.vm.state is not State.CREATED:
                 self.stop()
         finally:
+            self._node.close()
             self.vm.close()
             self._lock.release()
 

@@ -13,11 +13,16 @@ from pyhyve.vmm.cpufeatures import FEATURES
 SUMMARY: Final = "Print a completion script: pyhyve completion bash > ~/.local/share/bash-completion/completions/pyhyve"
 
 _SHELLS: Final = ("bash", "zsh", "fish")
+_COMMANDS: Final = ("pyhyve", "vmmctl")
+_VM_NAMES: Final = "pyhyve ls --quiet 2>/dev/null"
 _CONSOLES: Final = ("stdio", "pty", "file:", "none")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("shell", choices=_SHELLS, help="the shell to complete in")
+    parser.add_argument(
+        "command", choices=_COMMANDS, nargs="?", default="pyhyve", help="the command to complete (%(default)s)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,7 @@ class Argument:
     help: str
     takes_value: bool
     is_file: bool
+    is_vm: bool
     choices: tuple[str, ...]
 
 
@@ -52,11 +58,17 @@ def _argument(action: argparse.Action) -> Argument:
         help=text,
         takes_value=action.nargs != 0,
         is_file=action.metavar == "FILE",
+        is_vm=action.metavar == "VM",
         choices=choices,
     )
 
 
 def run(arguments: Namespace) -> int:
+    if arguments.command == "vmmctl":
+        from pyhyve.vmmctl.main import parser
+
+        print(_ALONE[arguments.shell]("vmmctl", describe(parser())), end="")
+        return 0
     from pyhyve.cli.main import VERBS, verb_parser
 
     verbs = {name: describe(verb_parser(name)) for name in VERBS}
@@ -80,35 +92,66 @@ def bash(summaries: dict[str, str], verbs: dict[str, list[Argument]]) -> str:
         for option in options:
             if option.names and option.takes_value:
                 patterns = "|".join(f'"{verb} {name}"' for name in option.names)
-                action = "-f" if option.is_file else f'-W "{" ".join(option.choices)}"'
-                lines.append(f'\t{patterns}) mapfile -t COMPREPLY < <(compgen {action} -- "$current"); return ;;')
+                lines.append(f"\t{patterns}) {_bash_values(option)}; return ;;")
     lines += ["\tesac", '\tcase "$verb" in']
     for verb, options in verbs.items():
         words = [name for option in options for name in option.names]
         words += [choice for option in options if not option.names for choice in option.choices]
+        words += [f"$({_VM_NAMES})" for option in options if not option.names and option.is_vm]
         lines.append(f'\t{verb}) mapfile -t COMPREPLY < <(compgen -W "{" ".join(words)}" -- "$current") ;;')
     lines += ["\tesac", "}", "complete -o filenames -F _pyhyve pyhyve", ""]
     return "\n".join(lines)
+
+
+def bash_alone(command: str, options: list[Argument]) -> str:
+    """Return the script for bash, of a command without verbs."""
+    lines = [
+        f"# bash completion for {command}",
+        f"_{command}() {{",
+        "\tlocal current=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD-1]}",
+        # COMP_WORDBREAKS has "=": --vm=web are three words.
+        "\t[[ $current == = ]] && current=",
+        "\t[[ $previous == = ]] && previous=${COMP_WORDS[COMP_CWORD-2]}",
+        '\tcase "$previous" in',
+    ]
+    for option in options:
+        if option.takes_value:
+            lines.append(f"\t{'|'.join(option.names)}) {_bash_values(option)}; return ;;")
+    words = " ".join(name for option in options for name in option.names)
+    lines += ["\tesac", f'\tmapfile -t COMPREPLY < <(compgen -W "{words}" -- "$current")']
+    lines += ["}", f"complete -F _{command} {command}", ""]
+    return "\n".join(lines)
+
+
+def _bash_values(option: Argument) -> str:
+    words = f"$({_VM_NAMES})" if option.is_vm else " ".join(option.choices)
+    action = "-f" if option.is_file else f'-W "{words}"'
+    return f'mapfile -t COMPREPLY < <(compgen {action} -- "$current")'
 
 
 def _quote(text: str) -> str:
     return text.replace("'", "'\\''")
 
 
+def _zsh_text(text: str) -> str:
+    return _quote(text).replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
+
+
+def _zsh_specs(options: Iterable[Argument]) -> Iterable[str]:
+    """What _arguments takes."""
+    for position, option in enumerate(options, 1):
+        values = "_files" if option.is_file else f"({' '.join(option.choices)})" if option.choices else ""
+        if option.is_vm:
+            values = f"{{compadd -- $({_VM_NAMES})}}"
+        if not option.names:
+            yield f"'{position}:{_zsh_text(option.help)}:{values}'"
+            continue
+        for name in option.names:
+            yield f"'{name}[{_zsh_text(option.help)}]{f':value:{values}' if option.takes_value else ''}'"
+
+
 def zsh(summaries: dict[str, str], verbs: dict[str, list[Argument]]) -> str:
     """Return the script for zsh."""
-
-    def bracket(text: str) -> str:
-        return _quote(text).replace("[", "\\[").replace("]", "\\]").replace(":", "\\:")
-
-    def specs(options: Iterable[Argument]) -> Iterable[str]:
-        for position, option in enumerate(options, 1):
-            values = "_files" if option.is_file else f"({' '.join(option.choices)})" if option.choices else ""
-            if not option.names:
-                yield f"'{position}:{bracket(option.help)}:{values}'"
-                continue
-            for name in option.names:
-                yield f"'{name}[{bracket(option.help)}]{f':value:{values}' if option.takes_value else ''}'"
 
     lines = ["#compdef pyhyve", "_pyhyve() {", "  local -a verbs=("]
     lines += [f"    '{name}:{_quote(summary)}'" for name, summary in summaries.items()]
@@ -117,10 +160,16 @@ def zsh(summaries: dict[str, str], verbs: dict[str, list[Argument]]) -> str:
     for verb, options in verbs.items():
         positionals = [option for option in options if not option.names]
         named = [option for option in options if option.names]
-        joined = " ".join([*specs(positionals), *specs(named)])
+        joined = " ".join([*_zsh_specs(positionals), *_zsh_specs(named)])
         lines.append(f"    {verb}) _arguments {joined} ;;")
     lines += ["  esac", "}", "compdef _pyhyve pyhyve", ""]
     return "\n".join(lines)
+
+
+def zsh_alone(command: str, options: list[Argument]) -> str:
+    """Return the script for zsh, of a command without verbs."""
+    specs = " ".join(_zsh_specs(options))
+    return f"#compdef {command}\n_{command}() {{\n  _arguments {specs}\n}}\ncompdef _{command} {command}\n"
 
 
 def fish(summaries: dict[str, str], verbs: dict[str, list[Argument]]) -> str:
@@ -131,16 +180,27 @@ def fish(summaries: dict[str, str], verbs: dict[str, list[Argument]]) -> str:
     for verb, options in verbs.items():
         condition = f"-n '__fish_seen_subcommand_from {verb}'"
         for option in options:
-            if not option.names:
-                lines.append(
-                    f"complete -c pyhyve {condition} -a '{' '.join(option.choices)}' -d '{_quote(option.help)}'"
-                )
-                continue
-            names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
-            values = ""
-            if option.takes_value:
-                values = " -r" + (
-                    " -F" if option.is_file else f" -a '{' '.join(option.choices)}'" if option.choices else ""
-                )
-            lines.append(f"complete -c pyhyve {condition} {names}{values} -d '{_quote(option.help)}'")
+            lines.append(f"complete -c pyhyve {condition} {_fish_spec(option)}")
     return "\n".join(lines) + "\n"
+
+
+def _fish_spec(option: Argument) -> str:
+    values = f"({_VM_NAMES})" if option.is_vm else " ".join(option.choices)
+    text = f"-d '{_quote(option.help)}'"
+    if not option.names:
+        return f"-a '{values}' {text}"
+    names = " ".join(f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names)
+    takes = ""
+    if option.takes_value:
+        takes = " -r" + (" -F" if option.is_file else f" -a '{values}'" if values else "")
+    return f"{names}{takes} {text}"
+
+
+def fish_alone(command: str, options: list[Argument]) -> str:
+    """Return the script for fish, of a command without verbs."""
+    lines = [f"# fish completion for {command}", f"complete -c {command} -f"]
+    lines += [f"complete -c {command} {_fish_spec(option)}" for option in options]
+    return "\n".join(lines) + "\n"
+
+
+_ALONE: Final = {"bash": bash_alone, "zsh": zsh_alone, "fish": fish_alone}

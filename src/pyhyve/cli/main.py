@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final, Protocol, cast
 
-from pyhyve import __version__
-from pyhyve.base.errors import PyhyveError, UsageError
-from pyhyve.base.output import say, silence
+from pyhyve.base.command import USER_ERROR, run_command
+from pyhyve.base.errors import UsageError
 from pyhyve.base.parser import Namespace, Parser, did_you_mean
-
-USER_ERROR: Final = 2
-INTERRUPTED: Final = 130
+from pyhyve.base.version import __version__
 
 VERBS: Final = {
     "run": "boot a Linux kernel in a virtual machine",
     "demo": "get a guest and boot it: a shell, or a tour where there is no terminal",
+    "ls": "list the running virtual machines",
+    "ctl": "ask a running virtual machine",
     "image": "fetch, list and remove guest images",
     "completion": "print a completion script for bash, zsh or fish",
     "version": "print the version and which processors work here",
@@ -63,20 +62,7 @@ def top_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return _dispatch(arguments)
-    except UsageError as error:
-        return _complain(str(error), USER_ERROR)
-    except PyhyveError as error:
-        return _complain(str(error), USER_ERROR)
-    except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        for stream in (sys.stdout, sys.stderr):
-            silence(stream)
-        return 1
+    return run_command("pyhyve", _dispatch, argv)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -90,13 +76,6 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"{verb}: no such verb{did_you_mean(verb, VERBS)}; there are {', '.join(VERBS)}")
     parser = verb_parser(verb)
     return verb_module(verb).run(parser.parse_args(rest))
-
-
-def _complain(text: str, status: int) -> int:
-    # One line, and nothing for the terminal to obey, whatever a file's name is made of.
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    say(f"pyhyve: {shown}", sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
-from pyhyve.base.output import say
+from pyhyve.base.output import say, table
 from pyhyve.bhyve.config import MachineConfig
 from pyhyve.bhyve.console import Console, Quit
 from pyhyve.bhyve.console.stdio import StdioConsole
@@ -69,24 +69,7 @@ def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | Non
 
 def _print_outcome(outcome: Outcome, figures: Mapping[str, object] | None) -> None:
     if figures is not None:
-        say(_table(figures), sys.stderr)
+        say(table(figures), sys.stderr)
     say(f"pyhyve: {outcome}", sys.stderr)
     if outcome.report:
         say(outcome.report, sys.stderr)
-
-
-def _table(figures: Mapping[str, Any], indent: str = "") -> str:
-    """Return nested figures as aligned lines."""
-    lines = []
-    for name, value in figures.items():
-        label = f"{indent}{name.replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            if value:
-                lines += [f"{label}:", _table(value, indent + "  ")]
-        elif isinstance(value, float):
-            lines.append(f"{label:<34}{value:>16,.6f}")
-        elif isinstance(value, int):
-            lines.append(f"{label:<34}{value:>16,}")
-        else:
-            lines.append(f"{label:<34}{value:>16}")
-    return "\n".join(lines)

@@ -2,8 +2,8 @@
 
 from typing import Final
 
-from pyhyve import __version__
 from pyhyve.base.parser import Namespace, Parser
+from pyhyve.base.version import __version__
 
 SUMMARY: Final = "Print the version and which processors work here."
 
