@@ -14,7 +14,7 @@ from pyhyve.vmm.diagnosis.processor import (
 )
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, LOWEST_PRIORITY, NMI
-from pyhyve.vmm.io.vioapic import RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
+from pyhyve.vmm.io.vioapic import RTE_ACTIVE_LOW, RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
 
 _MOST_SHOWN = 16
 """Of destinations: a broadcast may have hundreds."""
@@ -28,6 +28,7 @@ class PinState:
     entry: int
     asserters: int
     sources: int
+    active: bool
     targets: tuple[Cpu, ...]
 
     @classmethod
@@ -35,7 +36,7 @@ class PinState:
         levels = snapshot.ioapic.levels[pin]
         named = snapshot.targets[pin]
         targets = tuple(cpu for cpu in cpus(snapshot) if cpu.vlapic.apic_id in named)
-        return cls(pin, snapshot.ioapic.entries[pin], sum(levels), len(levels), targets)
+        return cls(pin, snapshot.ioapic.entries[pin], sum(levels), len(levels), snapshot.active[pin], targets)
 
     @property
     def vector(self) -> int:
@@ -68,6 +69,7 @@ def pin_stages(snapshot: Snapshot, pin: int) -> list[Stage]:
     state = PinState.of(snapshot, pin)
     stages = [
         _line_stage(state),
+        _polarity_stage(state),
         _mask_stage(state),
         _trigger_stage(state),
         _mode_stage(state),
@@ -95,11 +97,23 @@ def target_stages(cpu: Cpu, vector: int, all_must: bool = True) -> list[Stage]:
 def _line_stage(state: PinState) -> Stage:
     held = f"held by {state.asserters} of {state.sources} sources"
     reason = ""
-    if not state.asserters and not state.under_way and not state.masked:
+    if not state.asserters and not state.active and not state.under_way and not state.masked:
         reason = f"nothing asserts I/O APIC pin {state.pin} (none of its {state.sources} sources), and nothing waits"
         if not state.sources:
             reason = f"no device is wired to I/O APIC pin {state.pin}"
     return Stage("pin", f"I/O APIC pin {state.pin}, {held}", reason, {"asserters": state.asserters})
+
+
+def _polarity_stage(state: PinState) -> Stage:
+    kind = "active low" if state.entry & RTE_ACTIVE_LOW else "active high"
+    reason = ""
+    if state.asserters and not state.active and not state.under_way and not state.masked:
+        reason = (
+            f"I/O APIC pin {state.pin} is asserted, but its entry's polarity ({kind}) is not that of its line, "
+            "which so counts as idle"
+        )
+    words = f"{kind}: the pin is {'active' if state.active else 'idle'}"
+    return Stage("I/O APIC polarity", words, reason, {"entry": state.entry, "active": int(state.active)})
 
 
 def _mask_stage(state: PinState) -> Stage:
@@ -116,10 +130,10 @@ def _trigger_stage(state: PinState) -> Stage:
     """An edge-triggered pin that stays high has sent its one interrupt."""
     kind = "level" if state.entry & RTE_LEVEL else "edge"
     reason = ""
-    if kind == "edge" and state.asserters and not state.under_way and not state.masked:
+    if kind == "edge" and state.active and not state.under_way and not state.masked:
         reason = (
-            f"I/O APIC pin {state.pin} is edge-triggered and has stayed high since its last edge "
-            f"(held by {state.asserters} of {state.sources} sources): it must fall first"
+            f"I/O APIC pin {state.pin} is edge-triggered and has stayed active since its last edge "
+            f"(held by {state.asserters} of {state.sources} sources): it must go idle first"
         )
     return Stage("I/O APIC trigger", f"{kind}-triggered", reason, {"entry": state.entry})
 

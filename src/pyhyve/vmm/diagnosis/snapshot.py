@@ -38,14 +38,16 @@ class VcpuSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """targets: for each pin of the I/O APIC, the ids of the local APICs that its entry names. isa_pins: the pins of
-    those ISA interrupts that have not the pin of their number. last_dropped, last_undelivered: as in `ApicBus`."""
+    """active: for each pin of the I/O APIC, whether it is as its entry's polarity has it; targets: ids of the local
+    APICs that its entry names. isa_pins: the pins of those ISA interrupts that have not the pin of their number.
+    last_dropped, last_undelivered: as in `ApicBus`."""
 
     paused: bool
     ended: bool
     vcpus: tuple[VcpuSnapshot, ...]
     vlapics: tuple[VlapicV1, ...]
     ioapic: VioapicV1
+    active: tuple[bool, ...]
     targets: tuple[tuple[int, ...], ...]
     pic: VatpicV1
     isa_pins: Mapping[int, int]
@@ -71,6 +73,7 @@ def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) 
                 vcpus=tuple(_vcpu(vcpu) for vcpu in vm.vcpus),
                 vlapics=tuple(_vlapic(vcpu) for vcpu in vm.vcpus),
                 ioapic=ioapic,
+                active=tuple(vioapic.active(pin) for pin in range(vioapic.pins)),
                 targets=tuple(
                     tuple(target.apic_id for target in bus.targets(entry >> 56, bool(entry & RTE_LOGICAL)))
                     for entry in ioapic.entries

@@ -13,7 +13,7 @@ from pyhyve.vmm.io.apicregs import APIC_DEFAULT_BASE, BASE_ENABLED, BASE_X2APIC,
 VECTOR = 0x41
 SVR, TPR, EOI, LDR, DFR = 0xF0, 0x80, 0xB0, 0xD0, 0xE0
 LVT_TIMER, LVT_LINT0, LVT_LINT1, TIMER_INITIAL = 0x320, 0x350, 0x360, 0x380
-LEVEL, MASKED, LOGICAL = 1 << 15, 1 << 16, 1 << 11
+LEVEL, MASKED, LOGICAL, ACTIVE_LOW = 1 << 15, 1 << 16, 1 << 11, 1 << 13
 
 
 def held(explanation: Explanation, by: str | None, *words: str) -> Explanation:
@@ -58,7 +58,7 @@ def test_edge_that_stays_high_after_its_interrupt(bench):
     bench.irq[4].set_level(True)
     bench.take()
     bench.lapic(0).write(EOI, 4, 0)
-    held(bench.explain(4), "I/O APIC trigger", "edge-triggered and has stayed high", "taken once")
+    held(bench.explain(4), "I/O APIC trigger", "edge-triggered and has stayed active", "taken once")
 
 
 def test_second_source_of_an_edge_pin_is_no_edge(bench):
@@ -70,6 +70,13 @@ def test_second_source_of_an_edge_pin_is_no_edge(bench):
     second.set_level(True)
     explanation = held(bench.explain(4), "I/O APIC trigger", "held by 2 of 2 sources")
     assert explanation.stages[0].registers == {"asserters": 2}
+
+
+def test_polarity_that_is_not_the_lines(bench):
+    bench.route(4, ACTIVE_LOW | LEVEL | MASKED | VECTOR)
+    bench.irq[4].set_level(True)
+    bench.route(4, ACTIVE_LOW | LEVEL | VECTOR)
+    held(bench.explain(4), "I/O APIC polarity", "polarity (active low) is not that of its line")
 
 
 def test_illegal_vector(bench):
