@@ -2,6 +2,10 @@
 
 Motorola MC146818A datasheet, "Registers", "Interrupts" and "Update Cycle". Time is computed from the clock; the chip
 books one wake-up, for the next interrupt that is enabled. Flags are brought up to date when they are looked at.
+
+What the guest sets the clock to is kept as a distance from the VM's clock. The divider, which makes the seconds and the
+periodic interrupts, goes on while register B's SET holds the calendar: its phase is that of `_ns`. Daylight saving
+(register B, DSE) is not done; a chip of today does not do it either. The day of the week follows the date.
 """
 
 import time
@@ -31,11 +35,13 @@ A_UIP: Final = 0x80
 A_DIVIDER: Final = 0x70
 A_RUNNING: Final = 0x20
 _A_HELD: Final = 0x60
-"""Divider values with both upper bits set hold the time."""
+"""Divider values with both upper bits set hold the divider, and so the time, in reset."""
 B_SET, B_PIE, B_AIE, B_UIE, B_BINARY, B_24H = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
 C_IRQ, C_PERIODIC, C_ALARM, C_UPDATE = 0x80, 0x40, 0x20, 0x10
 _INTERRUPTS: Final = C_PERIODIC | C_ALARM | C_UPDATE
 D_VALID: Final = 0x80
+_AFTER_RESET: Final = _NS // 2
+"""The first update comes half a second after the divider has been let go. "Divider Stages"."""
 _UIP_NS: Final = 244_000
 """UIP is set this long before an update."""
 
@@ -173,7 +179,7 @@ class Vrtc:
             self._catch_up()
             self._refresh_time()
             memory[index] = value
-            if self._running(ignore_validity=True):
+            if self._free():
                 self._take_time()
         elif index == REG_A:
             self._change_control(index, value & ~A_UIP)
@@ -190,11 +196,14 @@ class Vrtc:
         """Change register A or B. Halting leaves the time in its registers; going on takes it from there."""
         self._catch_up()
         self._refresh_time()
-        ran = self._running(ignore_validity=True)
+        divided, ran = self._dividing(), self._free()
         formats = self._memory[REG_B] & (B_BINARY | B_24H)
         self._memory[index] = value
+        if self._dividing() and not divided:
+            self._offset += _AFTER_RESET - self._ns() % _NS
+            self._seen_second = self._ns() // _NS
         self._seen_tick = self._tick()
-        if self._running(ignore_validity=True):
+        if self._free():
             if not ran:
                 self._take_time()
             elif formats != self._memory[REG_B] & (B_BINARY | B_24H):
@@ -203,10 +212,16 @@ class Vrtc:
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
-    def _running(self, ignore_validity: bool = False) -> bool:
-        memory = self._memory
-        held = memory[REG_B] & B_SET or memory[REG_A] & _A_HELD == _A_HELD
-        return not held and (self._valid or ignore_validity)
+    def _dividing(self) -> bool:
+        return self._memory[REG_A] & _A_HELD != _A_HELD
+
+    def _free(self) -> bool:
+        """Nothing holds the calendar, unless it makes no sense."""
+        return self._dividing() and not self._memory[REG_B] & B_SET
+
+    def _running(self) -> bool:
+        """The calendar is updated each second."""
+        return self._valid and self._free()
 
     def _ns(self) -> int:
         return self._clock.now() + self._offset
@@ -251,7 +266,7 @@ class Vrtc:
         memory[CENTURY] = encode(at.year // 100)
 
     def _take_time(self) -> None:
-        """Set the clock to what the registers say; with nonsense in them the clock stands until they make sense."""
+        """Set the clock to what the registers say; the divider goes on. Nonsense stops it until it makes sense."""
         memory, decode = self._memory, self._decode
         fields = [decode(memory[index]) for index in (CENTURY, YEAR, MONTH, DAY, MINUTES, SECONDS)]
         hour = self._decode_hour(memory[HOURS])
@@ -263,7 +278,7 @@ class Vrtc:
             at = datetime(century * 100 + year, month, day, hour, minute, second, tzinfo=UTC)
         except ValueError:
             return
-        self._offset = timegm(at.timetuple()) * _NS - self._clock.now()
+        self._offset += timegm(at.timetuple()) * _NS - self._ns() // _NS * _NS
         self._valid = True
         self._seen_second = self._ns() // _NS
         self._seen_tick = self._tick()
@@ -311,11 +326,11 @@ class Vrtc:
 
     def _catch_up(self) -> None:
         """Set the flags of what has happened since the last look."""
-        if not self._running():
+        if not self._dividing():
             return
         flags = 0
         second = self._ns() // _NS
-        if second > self._seen_second:
+        if second > self._seen_second and self._running():
             flags |= C_UPDATE
             alarm = self._next_alarm(self._seen_second)
             if alarm is not None and alarm <= second:
@@ -339,13 +354,14 @@ class Vrtc:
     def _book(self) -> None:
         """Wake up for the earliest enabled event; not while IRQ 8 is held, since reading register C books again."""
         enabled = self._memory[REG_B] & _INTERRUPTS
-        if not enabled or not self._running() or self._memory[REG_C] & C_IRQ:
+        if not enabled or not self._dividing() or self._memory[REG_C] & C_IRQ:
             self._deadline.clear()
             return
         events = []
-        if enabled & B_UIE:
+        running = self._running()
+        if enabled & B_UIE and running:
             events.append((self._seen_second + 1) * _NS)
-        if enabled & B_AIE:
+        if enabled & B_AIE and running:
             alarm = self._next_alarm(self._seen_second)
             if alarm is not None:
                 events.append(alarm * _NS)
@@ -368,6 +384,7 @@ class Vrtc:
         return VrtcV1(self._index, bytes(self._memory), self._ns(), self._valid, self._seen_second, self._seen_tick)
 
     def restore(self, state: VrtcV1) -> None:
+        """Take over a saved state, and hold IRQ 8 if it does."""
         self._index = state.index
         self._memory = bytearray(state.memory)
         self._offset = state.ns - self._clock.now()

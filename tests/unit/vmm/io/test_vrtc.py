@@ -1,8 +1,10 @@
 """The real-time clock: time, formats, interrupts, memory."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyhyve.base.fakes import FakeClock, FakePin, FakeTimers
 from pyhyve.vmm.io.vrtc import Vrtc
@@ -81,6 +83,74 @@ def test_a_register_written_without_set_changes_at_once(bench):
     bench.put(2, 0x30)
     bench.timers.advance(SECOND)
     assert bench.time()[-2:] == (0x30, 0x51)
+
+
+def test_the_phase_of_the_seconds_outlives_a_new_time(bench):
+    bench.timers.advance(SECOND * 3 // 4)
+    bench.put(0x0B, H24 | SET)
+    bench.put(0, 0x10)
+    bench.timers.advance(2 * SECOND)
+    bench.put(0x0B, H24)
+    bench.timers.advance(SECOND // 4 - 1)
+    assert bench.get(0) == 0x10
+    bench.timers.advance(1)
+    assert bench.get(0) == 0x11
+    bench.timers.advance(SECOND // 2)
+    bench.put(2, 0x30)  # and that of a register written on its own
+    bench.timers.advance(SECOND // 2)
+    assert bench.time()[-2:] == (0x30, 0x12)
+
+
+def test_the_first_update_comes_half_a_second_after_the_dividers_reset(bench):
+    bench.timers.advance(SECOND // 4)
+    bench.put(0x0A, 0x70)
+    bench.put(0, 0x10)
+    bench.timers.advance(5 * SECOND)
+    assert bench.get(0) == 0x10
+    assert not bench.get(0x0A) & 0x80
+    bench.put(0x0A, 0x26)
+    bench.timers.advance(SECOND // 2 - 1)
+    assert bench.get(0) == 0x10
+    bench.timers.advance(1)
+    assert bench.get(0) == 0x11
+
+
+def test_daylight_saving_is_not_done(bench):
+    rtc = Bench(int(datetime(2024, 3, 31, 1, 59, 59, tzinfo=UTC).timestamp()))
+    rtc.put(0x0B, H24 | 0x01)
+    assert rtc.get(0x0B) & 0x01
+    rtc.timers.advance(SECOND)
+    assert rtc.time()[-3:] == (0x02, 0, 0)
+
+
+MOMENTS = st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 30))
+
+
+@given(MOMENTS, st.booleans(), st.booleans(), st.integers(0, 10**6))
+def test_any_time_is_set_shown_and_counted_on_in_every_format(moment, binary, h24, later):
+    """The calendar's rules are Python's."""
+    moment = moment.replace(microsecond=0)
+    bench = Bench()
+    formats = (BINARY if binary else 0) | (H24 if h24 else 0)
+
+    def shown(at):
+        def code(value):
+            return value if binary else int(str(value), 16)
+
+        hour = code(at.hour) if h24 else code(at.hour % 12 or 12) | (0x80 if at.hour >= 12 else 0)
+        date = tuple(code(value) for value in (at.year // 100, at.year % 100, at.month, at.day))
+        return (*date, hour, code(at.minute), code(at.second))
+
+    bench.put(0x0B, formats | SET)
+    for index, value in zip((0x32, 9, 8, 7, 4, 2, 0), shown(moment), strict=True):
+        bench.put(index, value)
+    bench.put(0x0B, formats)
+    assert bench.time() == shown(moment)
+    later = min(later, int((datetime(9999, 12, 31) - moment).total_seconds()))
+    bench.timers.advance(later * SECOND)
+    after = moment + timedelta(seconds=later)
+    assert bench.time() == shown(after)
+    assert bench.get(6) == after.isoweekday() % 7 + 1
 
 
 def test_nonsense_stops_the_clock_until_it_makes_sense(bench):
@@ -185,6 +255,55 @@ def test_periodic_interrupts_keep_their_rate(bench, rate, hz):
             count += 1
             assert bench.get(0x0C) & 0xC0 == 0xC0
     assert abs(count - 2 * hz) <= 1
+
+
+ALARM = st.one_of(st.just(0xFF), st.just(0xC0), st.integers(0, 59))
+
+
+@given(st.integers(0, 86_399), ALARM, ALARM, ALARM)
+def test_an_alarm_is_where_all_three_registers_match(start, hour, minute, second):
+    bench = Bench(start)
+    bench.put(0x0B, H24 | BINARY)
+    for index, value in ((5, hour), (3, minute), (1, second)):
+        bench.put(index, value)
+    bench.put(0x0B, H24 | BINARY | AIE)
+    hours = range(24) if hour >= 0xC0 else [hour] if hour < 24 else []
+    minutes = range(60) if minute >= 0xC0 else [minute]
+    seconds = range(60) if second >= 0xC0 else [second]
+    matches = (h * 3600 + m * 60 + s for h in hours for m in minutes for s in seconds)
+    distance = min(((match - start - 1) % 86_400 + 1 for match in matches), default=None)
+    if distance is None:
+        assert bench.timers.pending == 0
+        return
+    bench.timers.advance(distance * SECOND - 1)
+    assert not bench.irq8.level
+    bench.timers.advance(1)
+    assert bench.irq8.level
+
+
+def test_periodic_interrupts_go_on_while_the_calendar_is_held(bench):
+    bench.put(0x0A, 0x2F)
+    bench.put(0x0B, H24 | PIE | SET)
+    bench.timers.advance(SECOND // 2)
+    assert bench.get(0x0C) == 0xC0
+    bench.timers.advance(SECOND // 2)
+    assert bench.get(0x0C) == 0xC0
+    bench.put(0x0A, 0x7F)
+    bench.timers.advance(5 * SECOND)
+    assert bench.get(0x0C) == 0
+
+
+def test_periodic_interrupts_that_nobody_took_are_one_and_the_next_keeps_its_time(bench):
+    bench.put(0x0B, H24 | PIE)  # 1,024 Hz
+    bench.clock.time += SECOND // 100 * 35
+    bench.timers.advance(0)
+    assert bench.get(0x0C) & 0xC0 == 0xC0
+    assert bench.get(0x0C) == 0
+    edges = bench.irq8.edges
+    bench.timers.advance(-(-359 * SECOND // 1024) - SECOND // 100 * 35 - 1)
+    assert bench.irq8.edges == edges
+    bench.timers.advance(1)
+    assert bench.irq8.edges == edges + 1
 
 
 def test_flags_are_raised_for_a_guest_that_polls(bench):
