@@ -104,6 +104,8 @@ class Machine:
         self.console = console
         self.outcome: Outcome | None = None
         self.quit_reason: Quit | None = None
+        self.on_power_button: Callable[[], None] = lambda: None
+        """Called on the event thread when `quit` has pressed the power button."""
         self._started_at = 0.0
         self._ended_at = 0.0
         self._timed_out = False
@@ -210,12 +212,13 @@ class Machine:
         legacy = (self._isa_pin(layout.PIT_IRQ), self._isa_pin(layout.RTC_IRQ))
         self.vhpet = Vhpet(clock, timers, vm.apic_bus, self.vioapic.pin, legacy, replace_legacy)
         vm.mmio.attach(layout.HPET_BASE, layout.HPET_SIZE, self.vhpet)
-        vm.ports.attach(layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE, Vpmtmr(clock))
 
     def _add_power(self) -> None:
         vm = self.vm
         self.pm = PowerManagement(self._isa_pin(layout.SCI_IRQ), lambda: vm.suspend(Suspend.POWEROFF))
         vm.ports.attach(layout.PM1_EVENT_PORT, PM1_LENGTH, self.pm)
+        self.vpmtmr = Vpmtmr(vm.clock, vm.timers, self.pm.timer_carried)
+        vm.ports.attach(layout.PM_TIMER_PORT, layout.PM_TIMER_SIZE, self.vpmtmr)
         vm.ports.attach(layout.GPE0_PORT, layout.GPE0_SIZE, self.pm.gpe0)
         vm.ports.attach(layout.SMI_CMD_PORT, 1, self.pm.smi_command)
         keyboard = I8042(self._reset)
@@ -426,10 +429,24 @@ class Machine:
         self._ended_at = time.monotonic()
 
     def quit(self, reason: Quit) -> None:
-        """End the guest because its user, or a signal, asked for it; from any thread, also in a signal handler."""
-        self.quit_reason = reason
+        """End the guest because its user, or a signal, asked for it; from any thread, also in a signal handler.
+
+        SHUTDOWN asks the guest itself, and ends it only if it does not listen.
+        """
         # A signal handler may have interrupted its own thread anywhere: another one does the work.
+        if reason is Quit.SHUTDOWN:
+            self.vm.events.call_soon(self._shut_down)
+            return
+        self.quit_reason = reason
         self.vm.events.call_soon(lambda: self.vm.suspend(Suspend.REQUEST, detail=reason.value))
+
+    def _shut_down(self) -> None:
+        if self.press_power_button():
+            self.on_power_button()
+            return
+        self.quit_reason = Quit.TERMINATED
+        detail = f"{Quit.TERMINATED.value}; the guest does not listen for the power button"
+        self.vm.suspend(Suspend.REQUEST, detail=detail)
 
     def _flush_soon(self) -> None:
         """The guest began to print: pass it on before long, whether or not it ends its line."""

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -42,13 +43,24 @@ def run_machine(
 
 @contextmanager
 def _signals(machine: Machine, console: Console) -> Iterator[None]:
-    """SIGTERM and SIGHUP end the machine in order (a console on the terminal sees to that itself)."""
+    """SIGTERM presses the power button, again it ends the machine in order, as SIGHUP does at once.
+
+    (A console on the terminal sees to that itself.)
+    """
+    machine.on_power_button = _tell_of_power_button
     if isinstance(console, StdioConsole):
         yield
         return
 
+    asked = False
+
     def end(number: int, frame: FrameType | None) -> None:
-        machine.quit(Quit.CLOSED if number == signal.SIGHUP else Quit.TERMINATED)
+        nonlocal asked
+        if number == signal.SIGHUP:
+            machine.quit(Quit.CLOSED)
+        else:
+            machine.quit(Quit.TERMINATED if asked else Quit.SHUTDOWN)
+            asked = True
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -56,6 +68,14 @@ def _signals(machine: Machine, console: Console) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _tell_of_power_button() -> None:
+    line = "pyhyve: pressed the guest's power button; a second SIGTERM ends it"
+    if sys.stderr is not None and sys.stderr.isatty():
+        line = f"\r{line}\r"  # the terminal may be raw
+    # Not here: whoever reads the line may be slow, and the guest's devices would wait for it.
+    threading.Thread(target=say, args=(line, sys.stderr), daemon=True).start()
 
 
 def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | None, status: int) -> None:

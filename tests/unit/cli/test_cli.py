@@ -209,6 +209,49 @@ def test_signal_ends_it_in_order(kernel, tmp_path, console, number, status):
     assert not lock.exists(), "nothing is left behind"
 
 
+LISTEN = bytes.fromhex("bab2000000b0a0ee ba02040000b80001000066ef")
+"""ACPI on, and the power button enabled in PM1."""
+OBEY = bytes.fromhex("ba0004000066edf6c40174f4 ba04040000b80034000066efebfe")
+"""Wait for the button's status bit, then enter S5."""
+
+
+def test_sigterm_presses_the_power_button_of_a_guest_that_listens(kernel):
+    process = start("run", "--kernel", kernel(LISTEN + READY + OBEY), "-m", "32M")
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert b"pyhyve: powered-off" in err
+
+
+@pytest.mark.parametrize("console", ["stdio", "file"])
+def test_a_second_sigterm_ends_a_guest_that_did_not_obey(kernel, tmp_path, console):
+    where = f"file:{tmp_path / 'out'}" if console == "file" else console
+    process = start("run", "--kernel", kernel(LISTEN + READY + SLEEP), "-m", "32M", "--console", where)
+    if console == "file":
+        while not (tmp_path / "out").exists() or (tmp_path / "out").read_bytes() != b"ready\n":
+            time.sleep(0.01)
+    else:
+        assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    assert process.stderr.readline() == b"pyhyve: pressed the guest's power button; a second SIGTERM ends it\n"
+    assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert b"a signal asked it to end" in err
+    assert b"power button" not in err
+
+
+def test_sigterm_ends_a_guest_that_does_not_listen_for_the_power_button(kernel):
+    process = start("run", "--kernel", kernel(READY + SLEEP), "-m", "32M")
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert b"a signal asked it to end; the guest does not listen for the power button" in err
+
+
 def test_killed_run_leaves_a_name_that_the_next_one_takes(capfd, kernel):
     path = kernel(READY + SLEEP)
     process = start("run", "--kernel", path, "-m", "32M", "--name", "x")

@@ -6,10 +6,14 @@ from typing import Protocol
 
 
 class Quit(enum.Enum):
-    """Why a console asks for the end of the VM; the value is for a person."""
+    """Why a console asks for the end of the VM; the value is for a person.
+
+    SHUTDOWN is a request to the guest, by its power button; the others end it where it is.
+    """
 
     KEY = "the user left with Ctrl-A x"
     CLOSED = "the terminal was closed"
+    SHUTDOWN = "a signal asked the guest to shut down"
     TERMINATED = "a signal asked it to end"
 
 

@@ -111,7 +111,7 @@ class StdioConsole:
         self._on_input: OnInput | None = None
         self._on_quit: OnQuit | None = None
         self._quit_sent = False
-        self._asked_by_signal = False
+        self._asked_by_signal = 0
         self._handlers: dict[signal.Signals, Any] = {}
 
     def write(self, data: bytes) -> None:
@@ -200,8 +200,12 @@ class StdioConsole:
         if number == signal.SIGHUP:
             self._quit(Quit.CLOSED)  # a hangup may come twice, from the terminal and from the shell
             return
-        if not self._asked_by_signal:
-            self._asked_by_signal = True
+        self._asked_by_signal += 1
+        if self._asked_by_signal == 1 and number == signal.SIGTERM:
+            if self._on_quit is not None:
+                self._on_quit(Quit.SHUTDOWN)
+            return
+        if not self._quit_sent:
             self._quit(Quit.TERMINATED)
             return
         # Asked before, and still here: go the hard way, but with the terminal in order.

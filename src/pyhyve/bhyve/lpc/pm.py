@@ -1,7 +1,8 @@
 """ACPI's fixed hardware: PM1a event and control blocks, GPE0, the SMI command port, and the power button.
 
-Only the chip: the PM timer is `vmm.io.vpmtmr`, at its own port between the blocks. Three handlers, each with offsets
-from its own range: the object itself for PM1a (6 bytes), `.gpe0` (4 bytes) and `.smi_command` (1 byte).
+Only the chip: the PM timer is `vmm.io.vpmtmr`, at its own port between the blocks; it tells of its carries. Three
+handlers, each with offsets from its own range: the object itself for PM1a (6 bytes), `.gpe0` (4 bytes) and
+`.smi_command` (1 byte).
 
 Source: ACPI 6.5, "ACPI Hardware Specification", "ACPI Register Model".
 """
@@ -97,6 +98,11 @@ class PowerManagement:
         self._status |= STS_POWER_BUTTON
         self._update_sci()
         return bool(self._control & CNT_SCI_ENABLE and self._enable & STS_POWER_BUTTON)
+
+    def timer_carried(self) -> None:
+        """Latch that the PM timer's highest bit has changed."""
+        self._status |= STS_TIMER
+        self._update_sci()
 
     def raise_gpe(self, bit: int) -> None:
         """Latch general-purpose event `bit` (0-15)."""

@@ -83,6 +83,17 @@ def test_a_press_that_nobody_listens_for_is_latched_and_reported_so(board: Board
     assert board.sci.level
 
 
+def test_the_pm_timers_carry_raises_the_sci_if_enabled(board: Board) -> None:
+    enter_acpi_mode(board)
+    board.pm.timer_carried()
+    assert board.pm.read(chip.PM1_STATUS, 2) == chip.STS_TIMER
+    assert not board.sci.level
+    board.pm.write(chip.PM1_ENABLE, 2, chip.STS_TIMER)
+    assert board.sci.level
+    board.pm.write(chip.PM1_STATUS, 2, chip.STS_TIMER)
+    assert not board.sci.level
+
+
 def test_status_and_enable_can_be_reached_together(board: Board) -> None:
     board.pm.write(chip.PM1_STATUS, 4, 0xFFFF_0000)
     assert board.pm.read(chip.PM1_STATUS, 4) == chip.EN_MASK << 16
