@@ -177,7 +177,7 @@ def test_signal_in_the_middle_ends_it_and_leaves_nothing(
     with (command.current / "stdout").open("wb") as stdout:
         process = command.start(*run_arguments(guest_image, "", "--name", "web", "--console", where), stdout=stdout)
         wait_for_text(output if console == "file" else command.current / "stdout", BANNER)
-        assert len(command.left_behind()) == 2, "a process and the lock of its name"
+        assert len(command.left_behind()) == 3, "a process, the lock of its name, and its node"
         process.send_signal(number)
         ended = command.finish(process, 15)
     assert ended.status == status, ended
