@@ -1,6 +1,7 @@
 """A running guest is asked why its interrupts do not come, through vmmctl."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from small import kernel
 
 from pyhyve.bhyve.boot.guestimage import GuestImage
 
+TOUR = "console=ttyS0 quiet panic=-1 pyhyve.tour"
 WAIT_S = 60.0
 ASSERT_COM1 = """
     mov dx, 0x3fc
@@ -63,8 +65,8 @@ def stop(command: CommandLine) -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
-        process.terminate()
-        assert command.finish(process).status == 143
+        process.send_signal(signal.SIGHUP)
+        assert command.finish(process).status == 129
 
 
 def small(command: CommandLine, place: Path, source: str) -> subprocess.Popen[str]:
@@ -105,6 +107,15 @@ def test_stock_kernel(command: CommandLine, stop: list[subprocess.Popen[str]], g
     assert text.status == 0
     assert text.stdout.splitlines()[0].startswith("IRQ 4: ")
     assert vmmctl(command, "--vm=web", "--explain-irq=99").stderr == "vmmctl: IRQ 99: this machine has 0 to 31\n"
+    assert "have not been traced" in vmmctl(command, "--vm=web", "--get-interrupt-latency").stderr
+    assert vmmctl(command, "--vm=web", "--trace-interrupts=on").status == 0
+    deadline = time.monotonic() + WAIT_S
+    while not (latency := json.loads(command.run("ctl", "web", "latency", "--json").stdout))["services"]:
+        assert time.monotonic() < deadline, "a kernel that idles still has a timer"
+        time.sleep(0.1)
+    assert latency["tracing"]
+    assert command.run("ctl", "web", "trace", "off").status == 0
+    assert "from source to vCPU" in command.run("ctl", "web", "latency").stdout
     assert "hlt" in vmmctl(command, "--vm=web", "--get-stats").stdout
 
 
@@ -115,6 +126,25 @@ def test_killed_vm_stops_nobody(command: CommandLine, guest_image: GuestImage) -
     first.kill()
     first.wait()
     assert "the VM has ended without a word" in vmmctl(command, "--vm=web", "--explain-irq=4").stderr
-    again = command.run(*arguments, "--append", "console=ttyS0 quiet pyhyve.tour", timeout=90)
+    again = command.run(*arguments, "--append", TOUR, timeout=90)
     assert again.status == 0
     assert command.run("ls").stdout == ""
+
+
+def test_trace_of_a_whole_run(command: CommandLine, guest_image: GuestImage) -> None:
+    """Every interrupt that the guest took is in the trace, and has its end."""
+    file = command.current / "trace"
+    guest = ("--kernel", guest_image.kernel, "--initrd", guest_image.initramfs, "--append", TOUR)
+    ended = command.run("run", *guest, "--json", "--stats", "--trace", "interrupts", "--trace-file", file, timeout=90)
+    assert ended.status == 0, ended
+    figures = json.loads(ended.stdout.splitlines()[-1])["statistics"]
+    latency = figures["interrupt_latency"]
+    taken = sum(each["count"] for vector, each in latency["waits"].items() if vector != "0x2")
+    assert taken == figures["injected"]
+    assert sum(each["count"] for each in latency["services"].values()) > taken // 2  # the 8259s' have no EOI here
+    document = json.loads(command.run("trace", "convert", file).stdout)
+    assert {each["ph"] for each in document["traceEvents"]} >= {"X", "b", "e", "M"}
+    alone = command.run("run", *guest, "--trace", "interrupts")
+    assert alone.complaint == "--trace: not by itself; add --trace-file FILE"
+    nowhere = command.run("run", *guest, "--trace", "interrupts", "--trace-file", "/nowhere/x")
+    assert nowhere.complaint.startswith("--trace-file /nowhere/x: No such file")

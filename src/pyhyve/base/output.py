@@ -40,5 +40,5 @@ def table(figures: Mapping[str, Any], indent: str = "") -> str:
         elif isinstance(value, int):
             lines.append(f"{label:<34}{value:>16,}")
         else:
-            lines.append(f"{label:<34}{value:>16}")
+            lines.append(f"{label:<34}{value!s:>16}")
     return "\n".join(lines)

@@ -408,6 +408,7 @@ class Machine:
         for vcpu in vm.vcpus:
             for name, value in vcpu.backend.counters().items():
                 counters[name] = counters.get(name, 0) + value
+        traced = self.interrupts.traced
         return {
             "processor": vm.capabilities.name,
             "exits": vm.exit_counts(),
@@ -416,6 +417,7 @@ class Machine:
             "handler_seconds": sum(vcpu.handler_ns for vcpu in vm.vcpus) / 1e9,
             "engine": counters,
             "resident_bytes": vm.memory.resident(),
+            **({} if traced is None else {"interrupt_latency": traced.latencies()}),
             "unclaimed_ports": {f"{port:#x}": count for port, count in sorted(vm.ports.unclaimed.items())},
             "unclaimed_pages": {f"{page << 12:#x}": count for page, count in sorted(vm.mmio.unclaimed.items())},
             "unknown_msrs": {

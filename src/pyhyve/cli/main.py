@@ -19,6 +19,7 @@ VERBS: Final = {
     "demo": "get a guest and boot it: a shell, or a tour where there is no terminal",
     "ls": "list the running virtual machines",
     "ctl": "ask a running virtual machine",
+    "trace": "make something of a file of --trace-file",
     "image": "fetch, list and remove guest images",
     "completion": "print a completion script for bash, zsh or fish",
     "version": "print the version and which processors work here",

@@ -98,6 +98,8 @@ def add_arguments(parser: Parser) -> None:
         default="20",
         help="a spin without an exit this long is a hang; 0: never (%(default)s)",
     )
+    parser.add_argument("--trace", choices=("interrupts",), help="record what happens, in the file of --trace-file")
+    parser.add_argument("--trace-file", metavar="FILE", type=Path, help="'pyhyve trace' makes more of it")
     parser.add_argument("--stats", action="store_true", help="print exits, times and counters at the end")
     parser.add_argument(
         "--json", action="store_true", help="print the outcome as a line of JSON, the last of the output"
@@ -128,6 +130,9 @@ def run(arguments: Namespace) -> int:
         return 0
     if arguments.kernel is None:
         raise UsageError("--kernel: missing; name a kernel, or try 'pyhyve demo', which gets one")
+    if (arguments.trace is None) != (arguments.trace_file is None):
+        there, missing = ("--trace", "--trace-file FILE") if arguments.trace else ("--trace-file", "--trace interrupts")
+        raise UsageError(f"{there}: not by itself; add {missing}")
     timeout = None
     if arguments.timeout is not None:
         timeout = seconds(arguments.timeout, "--timeout")
@@ -166,5 +171,10 @@ def run(arguments: Namespace) -> int:
         hang_seconds=hang,
     )
     return run_machine(
-        config, open_console(arguments.console), timeout=timeout, statistics=arguments.stats, as_json=arguments.json
+        config,
+        open_console(arguments.console),
+        timeout=timeout,
+        statistics=arguments.stats,
+        as_json=arguments.json,
+        trace_file=arguments.trace_file,
     )

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -25,11 +26,20 @@ def run_machine(
     timeout: float | None = None,
     statistics: bool = False,
     as_json: bool = False,
+    trace_file: Path | None = None,
 ) -> int:
-    """Build the machine, run it to its end, tell how it ended; return the exit status."""
+    """Build the machine, run it to its end, tell how it ended; return the exit status.
+
+    trace_file: interrupts are traced, and what the trace has at the end is written there.
+    """
     with Machine(config, console, timing=statistics) as machine:
+        trace = machine.interrupts.start_trace() if trace_file is not None else None
+        if trace_file is not None and trace is not None:
+            trace.save(trace_file, machine.name, config.cpus)  # that it cannot be written is told now
         with _signals(machine, console):
             outcome = machine.run(timeout)
+        if trace_file is not None and trace is not None:
+            trace.save(trace_file, machine.name, config.cpus)
         figures = machine.statistics() if statistics else None
         status = outcome.exit_status
         if outcome.kind is OutcomeKind.STOPPED and machine.quit_reason is not None:

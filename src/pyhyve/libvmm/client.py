@@ -153,6 +153,15 @@ class Client:
         except ValueError as error:
             raise HostError(f"{self.name}: {error}") from None
 
+    def trace_interrupts(self, on: bool) -> None:
+        """Begin a trace of interrupts (unless there is one), or end it; what it has stays."""
+        self.call("interrupts.trace", on=on)
+
+    def interrupt_latency(self) -> dict[str, Any]:
+        """Return the latencies of the present or last trace, by vector, times in ns; `text`: the same for people.
+        UsageError if there has been no trace."""
+        return self.call("interrupts.latency")
+
 
 def running(timeout: float = 2.0, directory: Path | None = None) -> list[Description]:
     """Return all VMs of this user that answer, by name; nodes of killed ones are removed on the way."""

@@ -39,6 +39,12 @@ def statistics(client: Client, as_json: bool) -> str:
     return _json(figures) if as_json else table(figures)
 
 
+def latency(client: Client, as_json: bool) -> str:
+    document = client.interrupt_latency()
+    text = str(document.pop("text", ""))
+    return _json(document) if as_json else text
+
+
 def describe(client: Client, as_json: bool) -> str:
     description = client.describe()
     fields = {name: getattr(description, name) for name in description.__slots__}

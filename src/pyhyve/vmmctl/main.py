@@ -30,6 +30,8 @@ def parser() -> Parser:
     )
     made.add_argument("--explain-nmi", action="store_true", help="what holds the non-maskable interrupt")
     made.add_argument("--get-stats", action="store_true", help="exits by reason, times and counters")
+    made.add_argument("--trace-interrupts", choices=("on", "off"), help="begin a trace of interrupts, or end it")
+    made.add_argument("--get-interrupt-latency", action="store_true", help="latencies of the present or last trace")
     made.add_argument("--json", action="store_true", help="answer in JSON")
     return made
 
@@ -44,7 +46,7 @@ def _run(argv: list[str]) -> int:
     if arguments.vm is None:
         raise UsageError("--vm: missing; name a VM, as 'pyhyve ls' lists them")
     from pyhyve.libvmm.client import Client
-    from pyhyve.vmmctl.actions import explain, number, statistics
+    from pyhyve.vmmctl.actions import explain, latency, number, statistics
 
     cpu = None if arguments.cpu is None else number(arguments.cpu, "--cpu")
     questions: list[tuple[str, int | None]] = []
@@ -52,13 +54,18 @@ def _run(argv: list[str]) -> int:
     questions += [("vector", number(text, "--explain-vector")) for text in arguments.explain_vector]
     if arguments.explain_nmi:
         questions.append(("nmi", None))
-    if not questions and not arguments.get_stats:
+    others = (arguments.get_stats, arguments.trace_interrupts, arguments.get_interrupt_latency)
+    if not questions and not any(others):
         raise UsageError("nothing is asked; add for instance --explain-irq 4 or --get-stats; see 'vmmctl --help'")
     with Client(arguments.vm) as client:
         for what, which in questions:
             print(explain(client, what, which, cpu, arguments.json))
         if arguments.get_stats:
             print(statistics(client, arguments.json))
+        if arguments.trace_interrupts is not None:
+            client.trace_interrupts(arguments.trace_interrupts == "on")
+        if arguments.get_interrupt_latency:
+            print(latency(client, arguments.json))
     return 0
 
 

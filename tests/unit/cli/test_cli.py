@@ -61,7 +61,10 @@ def run(capfd, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["rum"], "rum: no such verb; did you mean 'run'?; there are run, demo, ls, ctl, image, completion, version"),
+        (
+            ["rum"],
+            "rum: no such verb; did you mean 'run'?; there are run, demo, ls, ctl, trace, image, completion, version",
+        ),
         (["--verion"], "--verion: unknown option; did you mean '--version'?; see 'pyhyve --help'"),
         (["run", "--kernal", "x"], "--kernal: unknown option; did you mean '--kernel'?; see 'pyhyve run --help'"),
         (["run", "--kern", "x"], "--kern: unknown option; did you mean '--kernel'?; see 'pyhyve run --help'"),

@@ -31,6 +31,8 @@ def asked(tmp_path, monkeypatch):
         "version": Method(lambda: {"protocol": 1}, ""),
         "describe": Method(lambda: {**description, "processor": "bt", "made": 1.5}, ""),
         "stats": Method(lambda: {"exits": {"hlt": 12}}, ""),
+        "interrupts.trace": Method(lambda on: questions.append(on) or {}, "", {"on": Parameter(bool, "")}),
+        "interrupts.latency": Method(lambda: {"text": "vector 0x41: 5", "waits": {}}, ""),
         "interrupts.explain": Method(explain, "", {name: Parameter(kind, "") for name, kind in PARAMETERS.items()}),
     }
     node = ControlNode(tmp_path, "web", table)
@@ -89,6 +91,15 @@ def test_statistics_and_description(asked, capsys):
     assert "state       running" in capsys.readouterr().out
 
 
+def test_traces(asked, capsys):
+    assert vmmctl.main(["--vm=web", "--trace-interrupts=on", "--get-interrupt-latency"]) == 0
+    assert capsys.readouterr().out == "vector 0x41: 5\n"
+    assert pyhyve.main(["ctl", "web", "trace", "off"]) == 0
+    assert asked == [True, False]
+    assert pyhyve.main(["ctl", "web", "latency", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"waits": {}}
+
+
 def test_ls(asked, capsys):
     assert pyhyve.main(["ls"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["NAME", "web"]
@@ -133,6 +144,8 @@ def test_what_a_user_gets_wrong_is_one_line(asked, capsys, arguments, complaint)
         (["web", "explain", "irq"], "explain irq: which one? add its number"),
         (["web", "explain", "nmi", "4"], "explain nmi: it has no number"),
         (["web", "stats", "4"], "4: unexpected argument of stats"),
+        (["web", "trace"], "trace: write 'on' or 'off'"),
+        (["web", "trace", "of"], "trace: write 'on' or 'off'"),
         (["web", "stat"], "action stat: unknown; did you mean 'stats'?"),
     ],
 )

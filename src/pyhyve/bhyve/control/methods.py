@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from pyhyve.base.errors import UsageError
 from pyhyve.base.version import __version__
 from pyhyve.base.wire import MAX_REQUEST, MAX_RESPONSE, PROTOCOL
 from pyhyve.bhyve.config import MachineConfig
@@ -61,6 +62,19 @@ def methods(machine: Served) -> Mapping[str, Method]:
     ) -> dict[str, object]:
         return machine.interrupts.explain(irq, vector=vector, nmi=nmi, vcpu=vcpu).as_json()
 
+    def trace(on: bool = True) -> dict[str, object]:
+        if on and not machine.interrupts.tracing:
+            machine.interrupts.start_trace()
+        elif not on:
+            machine.interrupts.stop_trace()
+        return {"tracing": machine.interrupts.tracing}
+
+    def latency() -> dict[str, object]:
+        traced = machine.interrupts.traced
+        if traced is None:
+            raise UsageError("interrupts have not been traced; switch that on first")
+        return {"tracing": machine.interrupts.tracing, "text": str(traced), **traced.as_json()}
+
     table = {
         "version": Method(version, "the protocol's version, and pyhyve's"),
         "capabilities": Method(capabilities, "the methods, their parameters, and the limits"),
@@ -77,5 +91,12 @@ def methods(machine: Served) -> Mapping[str, Method]:
             },
             pauses=True,
         ),
+        "interrupts.trace": Method(
+            trace,
+            "begin a new trace of interrupts (unless there is one), or end it",
+            {"on": Parameter(bool, "false: end it; what it has stays")},
+            pauses=True,
+        ),
+        "interrupts.latency": Method(latency, "the latencies of the present or last trace, by vector"),
     }
     return table
