@@ -252,7 +252,8 @@ void main(void) {
     tick_legacy("tick_pit");
     u64 period = 1000000000000ul / *(volatile u32 *)(HPET + 4);
     hpet_write(0x10, 0), hpet_write(0xf0, 0);
-    hpet_write(0x100, 0x4c), hpet_write(0x108, period), hpet_write(0x108, period);
+    *(volatile u32 *)(HPET + 0x100) = 0x14c;               /* periodic, 32 bits, the count is set first */
+    *(volatile u32 *)(HPET + 0x108) = (u32)period, *(volatile u32 *)(HPET + 0x108) = (u32)period;
     hpet_write(0x10, 3);
     tick_legacy("tick_hpet");
     hpet_write(0x10, 0);
