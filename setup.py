@@ -25,7 +25,7 @@ HELPER = [
     "-fno-builtin",
     "-fno-tree-vectorize",
 ]
-NO_HELPER = {"pyhyve.cpu.bt.run", "pyhyve.cpu.bt._fuzz", "pyhyve.cpu.kvm.engine"}
+NO_HELPER = {"pyhyve.cpu.bt.run", "pyhyve.cpu.bt.apicstate", "pyhyve.cpu.bt._fuzz", "pyhyve.cpu.kvm.engine"}
 
 
 def extensions() -> list[Extension]:

@@ -759,3 +759,107 @@ def test_without_a20_the_second_megabyte_is_the_first(guest: Run) -> None:
     """)
     assert ran.kind is OutcomeKind.POWERED_OFF
     assert ran.numbers == [0x111, 0x333, 0, 0x222, 0x333]
+
+
+# -- the local APIC ----------------------------------------------------------------------------------------------------
+
+LOCAL_APIC = f"""
+    mov ebx, {layout.LAPIC_BASE:#x}
+    mov dword ptr [rbx + 0xf0], 0x1ff
+    lea rax, handler[rip]
+    mov word ptr [{IDT} + 16 * 0x51], ax
+    mov word ptr [{IDT} + 16 * 0x61], ax
+    shr eax, 16
+    mov word ptr [{IDT} + 16 * 0x51 + 6], ax
+    mov word ptr [{IDT} + 16 * 0x61 + 6], ax
+    xor r12d, r12d
+"""
+"""Enabled; vectors 51H and 61H count in R12 and are completed. RBX: its page."""
+_LOCAL_APIC_HANDLER = "jmp end\nhandler: inc r12\nmov dword ptr [rbx + 0xb0], 0\niretq"
+
+
+def test_interrupts_to_oneself_wait_for_the_task_priority_and_the_one_in_service(guest: Run) -> None:
+    ran = guest(
+        LOCAL_APIC
+        + f"""
+        mov rax, 6
+        mov cr8, rax
+        sti
+        mov dword ptr [rbx + 0x300], 0x40051        # both held by the task priority
+        mov dword ptr [rbx + 0x300], 0x40061
+        nop
+        mov rax, r12
+        call print
+        mov eax, [rbx + 0x220]                      # IRR, vectors 40H to 5FH
+        call print
+        mov rax, 5
+        mov cr8, rax
+        nop
+        mov rax, r12                                # 61H came, 51H is of the priority's own class
+        call print
+        mov dword ptr [rbx + 0x80], 0
+        nop
+        mov rax, r12
+        call print
+        mov eax, [rbx + 0x300]                      # the ICR, as written
+        call print
+        {_LOCAL_APIC_HANDLER}
+        """
+    )
+    assert ran.numbers == [0, 1 << 0x11, 1, 2, 0x40061]
+
+
+def test_a_halt_ends_by_what_came_before_it_and_by_a_timer(guest: Run) -> None:
+    ran = guest(
+        LOCAL_APIC
+        + f"""
+        mov dword ptr [rbx + 0x300], 0x40051        # pending when it halts
+        sti
+        hlt
+        cli
+        mov rax, r12
+        call print
+        mov dword ptr [rbx + 0x3e0], 0xb
+        mov dword ptr [rbx + 0x320], 0x20061        # periodic, 100 us
+        mov dword ptr [rbx + 0x380], 100000
+        mov ebp, 1000
+1:      sti
+        hlt
+        cli
+        dec ebp
+        jnz 1b
+        cmp r12, 1001
+        sete al
+        movzx eax, al
+        call print
+        {_LOCAL_APIC_HANDLER}
+        """
+    )
+    assert ran.numbers == [1, 1]
+
+
+def test_x2apic_registers_fault_on_reserved_bits_whoever_carries_them_out(guest: Run) -> None:
+    ran = guest(
+        LOCAL_APIC
+        + """
+        mov ecx, 0x1b
+        rdmsr
+        or eax, 0x400
+        wrmsr
+        mov ecx, 0x83f                              # SELF IPI, then EOI in the handler: not by the page any more
+        mov eax, 0x51
+        xor edx, edx
+        wrmsr
+        mov ecx, 0x822
+        rdmsr
+        call print
+        mov ecx, 0x80b
+        mov eax, 1
+        wrmsr
+        jmp end
+        handler: iretq
+        """
+    )
+    assert ran.numbers == [1 << 0x11]
+    assert ran.fault is not None
+    assert (ran.fault.vector, ran.fault.error) == (GP, 0)

@@ -413,7 +413,7 @@ class Machine:
             "processor": vm.capabilities.name,
             "exits": vm.exit_counts(),
             "injected": sum(vcpu.injected for vcpu in vm.vcpus),
-            "guest_seconds": sum(vcpu.guest_ns for vcpu in vm.vcpus) / 1e9,
+            "guest_seconds": sum(vcpu.guest_ns - vcpu.halted_ns for vcpu in vm.vcpus) / 1e9,
             "handler_seconds": sum(vcpu.handler_ns for vcpu in vm.vcpus) / 1e9,
             "engine": counters,
             "resident_bytes": vm.memory.resident(),

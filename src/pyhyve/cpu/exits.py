@@ -26,6 +26,8 @@ TPR_BELOW_THRESHOLD: Final = 43
 EPT_VIOLATION: Final = 48
 EPT_MISCONFIG: Final = 49
 WBINVD: Final = 54
+APIC_WRITE: Final = 56
+"""The vCPU has sent an IPI itself (`ApicState.direct`); bit n of `qualification`: vCPU n, not in `run()`, must look."""
 ENGINE_ERROR: Final = 255
 """The engine met something that it cannot run (a limit or a bug); `qualification` and `message()` say what."""
 MMIO: Final = 256

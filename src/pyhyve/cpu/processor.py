@@ -101,6 +101,82 @@ class Exit(Protocol):
     mmio_value: int
 
 
+class ApicState(Protocol):
+    """What decides when a local APIC's interrupts are delivered, where the engine keeps it: IRR, ISR and TMR (ints of
+    256 bits), TPR and PPR (0-255), and the ICR's halves as the xAPIC page shows them.
+
+    While `direct` is true, `run()` carries out itself what needs nobody else: it delivers interrupts, completes
+    edge-triggered ones (EOI), sends fixed ones to other vCPUs of the VM, and waits in HLT until one comes. What it
+    leaves to the monitor comes as the exits that there are without it, and APIC_WRITE. `accept` may come from any
+    thread, and `halted` may be read by any.
+    """
+
+    irr: int
+    isr: int
+    tmr: int
+    tpr: int
+    icr_low: int
+    icr_high: int
+    accepting: bool
+    """Enabled by hardware and software."""
+    direct: bool
+
+    @property
+    def ppr(self) -> int:
+        """Follows `tpr` and `isr`."""
+        ...
+
+    @property
+    def halted(self) -> bool:
+        """`run()` waits in HLT, with interrupts on."""
+        ...
+
+    @property
+    def halted_cycles(self) -> int:
+        """For how long it ever did, in cycles of the host's TSC."""
+        ...
+
+    @property
+    def activity(self) -> int:
+        """A number that grows with each thing that is done without an exit."""
+        ...
+
+    def configure(self, apic_id: int, enabled: bool, x2apic: bool, ldr: int, dfr: int) -> None:
+        """The registers by which IPIs find their destination, and IA32_APIC_BASE's mode; at each change."""
+        ...
+
+    def clear(self) -> None:
+        """All zero, as after INIT; but what is for `configure`, and `accepting`."""
+        ...
+
+    def accept(self, vector: int, level: bool) -> bool:
+        """Set the bit in IRR, and TMR; True if it is new and the monitor must make the vCPU look."""
+        ...
+
+    def pending(self) -> int:
+        """The vector that the vCPU would take now by IRR and PPR, or -1."""
+        ...
+
+    def acknowledge(self, vector: int) -> None:
+        """IRR to ISR."""
+        ...
+
+    def complete(self) -> int:
+        """End the highest interrupt in service; return its vector if it was level-triggered, else -1."""
+        ...
+
+    def delivered(self) -> Sequence[int]:
+        """How many `run()` has delivered, by vector."""
+        ...
+
+
+@runtime_checkable
+class KeepsApicState(Protocol):
+    """A vCPU of an engine that works on its local APIC's state itself."""
+
+    apic: ApicState
+
+
 class VcpuBackend(Protocol):
     """One virtual processor of an engine. All methods but `kick` are called by the thread that runs it, or while it
     does not run; `kick` by any thread at any time."""

@@ -66,6 +66,10 @@ class Monitor(Protocol):
         """Wait while the VM is paused."""
         ...
 
+    def wake(self, mask: int) -> None:
+        """Make vCPU n look at what is pending for it, for each bit n of `mask`."""
+        ...
+
 
 class RunLoop:
     """Runs one vCPU until it is asked to stop."""
@@ -120,6 +124,7 @@ class RunLoop:
             (exits.TPR_BELOW_THRESHOLD, self._tpr_below_threshold),
             (exits.EPT_VIOLATION, self._ept_violation),
             (exits.WBINVD, self._skip),
+            (exits.APIC_WRITE, self._apic_write),
             (exits.MMIO, self._mmio),
             (exits.ENGINE_ERROR, self._engine_error),
         ):
@@ -325,6 +330,9 @@ class RunLoop:
     def _tpr_below_threshold(self) -> None:
         self.vcpu.load_task_priority()
         self.vcpu.attention = True
+
+    def _apic_write(self) -> None:
+        self.vm.wake(self.exit.qualification)
 
     def _triple_fault(self) -> None:
         self.vm.triple_fault(self.vcpu)

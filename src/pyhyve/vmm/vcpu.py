@@ -11,14 +11,14 @@ import _thread
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from pyhyve.base.errors import HostError
 from pyhyve.cpu.exits import EXTERNAL_INTERRUPT
-from pyhyve.cpu.processor import INJECT_EXCEPTION, INJECT_EXTERNAL, INJECT_NMI, Segment, VcpuBackend
+from pyhyve.cpu.processor import INJECT_EXCEPTION, INJECT_EXTERNAL, INJECT_NMI, ApicState, Segment, VcpuBackend
 from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.tsc import GuestTsc
 
@@ -38,6 +38,9 @@ class LocalApic(Protocol):
     """What a vCPU asks of its local APIC."""
 
     cr8: int
+
+    @property
+    def state(self) -> ApicState: ...
 
     def pending_vector(self) -> int | None: ...
 
@@ -117,8 +120,7 @@ class Vcpu:
         """Halted with interrupts off: only an NMI, an INIT or a reset gets it out."""
         self.ept_generation = -1
         self.exits: list[int] = [0] * 257
-        self.delivered: list[int] = [0] * 256
-        """How many external interrupts the guest took, by vector."""
+        self._delivered: list[int] = [0] * 256
         self.nmis_delivered = 0
         self.guest_ns = 0
         self.handler_ns = 0
@@ -213,6 +215,27 @@ class Vcpu:
         return sum(self.delivered)
 
     @property
+    def delivered(self) -> Sequence[int]:
+        """The same, by vector."""
+        by_processor = self.vlapic.state.delivered()
+        return [n + m for n, m in zip(self._delivered, by_processor, strict=True)] if by_processor else self._delivered
+
+    @property
+    def idle(self) -> bool:
+        """Halted, waiting for an interrupt."""
+        return (self.state == HALTED and not self.dead) or self.vlapic.state.halted
+
+    @property
+    def halted_ns(self) -> int:
+        """How long the processor has waited in HLT by itself: a part of `guest_ns`."""
+        return self.vlapic.state.halted_cycles * 1_000_000 // self.tsc.khz
+
+    @property
+    def progress(self) -> int:
+        """A number that grows as long as the guest does anything that the processor does not do alone; kicks aside."""
+        return sum(self.exits) - self.exits[EXTERNAL_INTERRUPT] + self.vlapic.state.activity
+
+    @property
     def eptp(self) -> int:
         return self._pmap.eptp
 
@@ -261,11 +284,16 @@ class Vcpu:
         vlapic = self.vlapic
         vector = vlapic.pending_vector()
         wanted = False
+        if vector is not None and vlapic.state.direct:
+            # The processor delivers it, but does not know of a HLT that came here.
+            if backend.interruptible():
+                self.state = RUNNING
+            vector = None
         if vector is not None:
             if backend.interruptible():
                 vlapic.acknowledge(vector)
                 backend.inject(vector, INJECT_EXTERNAL)
-                self.delivered[vector] += 1
+                self._delivered[vector] += 1
                 self.state = RUNNING
                 wanted = vlapic.pending_vector() is not None
             else:
@@ -275,7 +303,7 @@ class Vcpu:
                 vector = vlapic.acknowledge_extint()
                 if vector is not None:
                     backend.inject(vector, INJECT_EXTERNAL)
-                    self.delivered[vector] += 1
+                    self._delivered[vector] += 1
                     self.state = RUNNING
             else:
                 wanted = True

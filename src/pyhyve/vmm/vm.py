@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
 from pyhyve.cpu import exits
-from pyhyve.cpu.processor import Capabilities, CpuidEntry, Processor
+from pyhyve.cpu.processor import Capabilities, CpuidEntry, KeepsApicState, Processor
 from pyhyve.vmm import hostcpu
 from pyhyve.vmm.bus import MmioBus, PortBus
 from pyhyve.vmm.cpufeatures import check_wanted, without
@@ -27,7 +27,7 @@ from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.runloop import Emulator, RunLoop, dump_registers
 from pyhyve.vmm.topology import Topology
 from pyhyve.vmm.tsc import GuestTsc, PvClock
-from pyhyve.vmm.vcpu import HALTED, RUNNING, WAIT_SIPI, SingleSteps, Vcpu
+from pyhyve.vmm.vcpu import RUNNING, WAIT_SIPI, SingleSteps, Vcpu
 
 _JOIN_S: Final = 5.0
 _RFLAGS_IF: Final = 1 << 9
@@ -163,6 +163,7 @@ class Vm:
                 vcpu.post_init,
                 vcpu.post_sipi,
                 vcpu.post_nmi,
+                backend.apic if isinstance(backend, KeepsApicState) else None,
             )
             self.apic_bus.attach(vlapic)
             vcpu.tsc = tsc
@@ -180,6 +181,7 @@ class Vm:
             entries: Sequence[CpuidEntry] = policy.entries(apic_id)
             backend.set_cpuid(entries)
             loop = RunLoop(self, vcpu, self.ports, self.mmio, self.memory, self.lock, _emulator, entries)
+            vlapic.state.direct = isinstance(backend, KeepsApicState)
             self.vcpus.append(vcpu)
             self._loops.append(loop)
 
@@ -197,6 +199,13 @@ class Vm:
     def _extint_pending(self) -> bool:
         pic = self._pic
         return pic is not None and pic.pending()
+
+    def wake(self, mask: int) -> None:
+        """Make vCPU n look at what is pending for it, for each bit n of `mask`."""
+        while mask:
+            lowest = mask & -mask
+            self.vcpus[lowest.bit_length() - 1].notify()
+            mask ^= lowest
 
     def kick(self) -> None:
         """Make every vCPU look at what is new: for instance the nested page tables."""
@@ -372,10 +381,10 @@ class Vm:
         """Stop a VM whose vCPUs all spin (or are dead) and make no exit but for our kicks."""
         if self.state is State.STOPPED:
             return
-        progress = [sum(vcpu.exits) - vcpu.exits[exits.EXTERNAL_INTERRUPT] for vcpu in self.vcpus]
+        progress = [vcpu.progress for vcpu in self.vcpus]
         now = self.clock.now()
+        idle = any(vcpu.idle for vcpu in self.vcpus)
         spinning = [vcpu for vcpu in self.vcpus if vcpu.state == RUNNING]
-        idle = [vcpu for vcpu in self.vcpus if vcpu.state == HALTED and not vcpu.dead]
         if progress != self._watchdog_exits or not spinning or idle or not self._watchdog_since:
             self._watchdog_exits = progress
             self._watchdog_since = now

@@ -11,6 +11,7 @@ jump into them comes from a block that is dropped as well.
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.apic cimport Apic
 from pyhyve.cpu.bt.shared cimport Inbox, Shared
 from pyhyve.cpu.bt.state cimport BANKS, Vcpu
 
@@ -64,6 +65,7 @@ cdef struct Cache:
     Shared* shared          # of the VM
     int me                  # this vCPU's number there
     Inbox inbox
+    Apic* apic              # the local APIC's state that the processor works on
     uint64_t not_before     # see give_back
     uint64_t pauses         # PAUSEs of a VM with several vCPUs
     uint8_t* rw             # the code memory, writable view

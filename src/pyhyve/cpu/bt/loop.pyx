@@ -9,6 +9,7 @@ from pyhyve.cpu.bt.debug cimport (
     DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
 )
 from pyhyve.cpu.bt.decode cimport C_BRANCH, C_COPY, C_INVALID, C_LIMIT, Insn
+from pyhyve.cpu.bt.direct cimport direct_deliver, direct_enter, direct_exit, direct_leave
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_promote, mmu_write
@@ -351,7 +352,16 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
     cdef int r
     set_in_guest(&c.inbox, 1)
     inbox_process(c)
-    r = _loop(v)
+    if c.apic.direct:
+        direct_enter(c)
+        while True:
+            direct_deliver(v, c)
+            r = _loop(v)
+            if not direct_exit(v, c, &r):
+                break
+        direct_leave(c)
+    else:
+        r = _loop(v)
     set_in_guest(&c.inbox, 0)
     return r
 
@@ -402,6 +412,10 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 v.kick = 0
                 v.exit.reason = X_EXTERNAL_INTERRUPT
                 return X_EXTERNAL_INTERRUPT
+            if c.apic.asked:
+                c.apic.asked = 0
+                v.exit.reason = X_INTERRUPT_WINDOW
+                return X_INTERRUPT_WINDOW
         if not v.shadow:
             if v.window and v.iflag:
                 v.exit.reason = X_INTERRUPT_WINDOW

@@ -1,5 +1,6 @@
 from collections.abc import Mapping, Sequence
 
+from pyhyve.cpu.bt.apicstate import BtApicState
 from pyhyve.cpu.processor import CpuidEntry, Exit, Segment
 
 def host_has_avx512() -> bool: ...
@@ -9,6 +10,7 @@ class BtShared: ...
 
 class BtVcpu:
     exit: Exit
+    apic: BtApicState
     vcpu_id: int
     def __init__(self, vcpu_id: int, shared: BtShared, code_size: int = ...) -> None: ...
     def reset(self) -> None: ...

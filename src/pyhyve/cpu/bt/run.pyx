@@ -10,6 +10,8 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from pyhyve.cpu.bt.apic cimport apic_wake
+from pyhyve.cpu.bt.apicstate cimport BtApicState, make_state
 from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, cold_start
 from pyhyve.cpu.bt.debug cimport DR6_BS, debug_update
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
@@ -391,6 +393,7 @@ cdef class BtVcpu:
     cdef bint running
     cdef BtShared shared
     cdef readonly ExitView exit
+    cdef readonly BtApicState apic
     cdef readonly int vcpu_id
 
     def __cinit__(self, int vcpu_id, BtShared shared, uint64_t code_size=64 << 20):
@@ -445,6 +448,9 @@ cdef class BtVcpu:
         self.c.me = shared.s.n_vcpus
         self.c.inbox.poll = <uint8_t*>&self.v.poll
         shared.s.inboxes[self.c.me] = &self.c.inbox
+        self.c.apic = &shared.s.apics[self.c.me]
+        self.c.apic.poll = self.c.inbox.poll
+        self.apic = make_state(self.c.apic, shared)
         shared.s.n_vcpus += 1
         mmu_init(self.v)
         loop_init(self.c)
@@ -515,6 +521,7 @@ cdef class BtVcpu:
         v.shadow = v.nmi_blocked = 0
         v.inject_valid = 0
         v.window = v.nmi_window = 0
+        self.c.apic.window = self.c.apic.monitor_window = 0
         memset(self.area, 0, 4096)
         (<uint16_t*>self.area)[0] = 0x37F
         (<uint32_t*>self.area)[6] = 0x1F80
@@ -533,6 +540,7 @@ cdef class BtVcpu:
 
     def kick(self):
         bt_kick(&self.v.kick, <uint8_t*>&self.v.poll)
+        apic_wake(self.c.apic)
 
     def inject(self, uint32_t vector, uint32_t kind, error=None):
         self.v.inject_vector = vector
@@ -551,7 +559,8 @@ cdef class BtVcpu:
         return self.v.nmi_blocked == 0 and self.v.shadow == 0 and self.v.inject_valid == 0 and self.v.db_pending == 0
 
     def request_interrupt_window(self, bint wanted):
-        self.v.window = wanted
+        self.c.apic.monitor_window = wanted
+        self.v.window = wanted or self.c.apic.window
 
     def request_nmi_window(self, bint wanted):
         self.v.nmi_window = wanted
@@ -809,6 +818,9 @@ cdef class BtVcpu:
             "cr3_writes": n.cr3_writes,
             "syscalls": n.syscalls,
             "rep_ops": n.rep_ops,
+            "halts": self.c.apic.halts,
+            "eois": self.c.apic.eois,
+            "ipis": self.c.apic.ipis,
             "left_for_branch": self.c.leaves[1],
             "left_for_link": self.c.leaves[2],
             "left_for_poll": self.c.leaves[3],

@@ -7,6 +7,8 @@ a store by any vCPU to it has to reach every cache that was translated from it.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from pyhyve.cpu.bt.apic cimport Apic
+
 cdef enum:
     SHARED_PAGES = 65536
     SHARED_VCPUS = 64
@@ -38,6 +40,7 @@ cdef struct Shared:
     uint32_t n_vcpus
     uint32_t yielding       # vCPUs that wait in PAUSE and have given up their host processor
     Inbox* inboxes[SHARED_VCPUS]
+    Apic apics[SHARED_VCPUS]
     uint64_t n_pages
     SharedPage pages[SHARED_PAGES]
 

@@ -110,6 +110,7 @@ cdef enum:
     X_EPT_VIOLATION = 48
     X_EPT_MISCONFIG = 49
     X_WBINVD = 54
+    X_APIC_WRITE = 56            # an IPI was sent: bit n of qualification: vCPU n is not in run(), the monitor wakes it
     X_ENGINE_ERROR = 255         # a bug or a limit of the engine: exit.qualification says which
 
 cdef struct TlbEntry:            # 32 bytes; generated code knows the layout

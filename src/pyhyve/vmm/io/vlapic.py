@@ -13,6 +13,7 @@ from typing import ClassVar, Final
 
 from pyhyve.base.errors import GuestFault
 from pyhyve.base.protocols import Clock, Timers
+from pyhyve.cpu.processor import ApicState
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, INIT, LOWEST_PRIORITY, NMI, STARTUP, ApicBus
 from pyhyve.vmm.io.apicregs import (
     APIC_DEFAULT_BASE,
@@ -90,7 +91,8 @@ class VlapicV1:
 class Vlapic(Priorities):
     """One local APIC. `tsc()` is the guest's time-stamp counter, `tsc_hz` its rate.
 
-    notify: called when something new may be deliverable. on_init: an INIT arrived (the owner calls `init()` from the
+    state: where the processor keeps the interrupts' state, if it does. notify: called when something new may be
+    deliverable, and the processor does not know. on_init: an INIT arrived (the owner calls `init()` from the
     vCPU's thread). on_sipi(vector), on_nmi: likewise for the vCPU to handle.
     """
 
@@ -111,8 +113,9 @@ class Vlapic(Priorities):
         on_init: Callable[[], None] = _nothing,
         on_sipi: Callable[[int], None] = _no_sipi,
         on_nmi: Callable[[], None] = _nothing,
+        state: ApicState | None = None,
     ) -> None:
-        super().__init__(notify)
+        super().__init__(notify, state)
         self.apic_id = apic_id
         self._bus = bus
         self._on_init = on_init
@@ -121,7 +124,7 @@ class Vlapic(Priorities):
         self._timer = VlapicTimer(clock, timers, self._lock, tsc, tsc_hz, self._timer_expired)
         self._regs = [0] * 64
         self._lvt = LocalVectorTable(self._regs, self, notify)
-        self._icr = InterruptCommands(self._regs, self, bus)
+        self._icr = InterruptCommands(self.state, self, bus)
         self._base = 0
         self._x2apic = False
         self._errors = 0
@@ -159,10 +162,10 @@ class Vlapic(Priorities):
             regs[SVR] = 0xFF
             self._lvt.mask_all()
             self._timer.reset()
-            self._clear()
+            self.state.clear()
             self._errors = 0
             self._extint_latched = False
-            self._accepting = False
+            self.state.accepting = False
             self._set_ids()
 
     def virtual_wire(self) -> None:
@@ -178,7 +181,7 @@ class Vlapic(Priorities):
 
     def post(self, vector: int, level: bool = False) -> bool:
         """Accept a fixed interrupt into IRR (any thread); return whether it was accepted."""
-        if not self._accepting:
+        if not self.state.accepting:
             return False
         if vector < 16:
             self.error(ESR_RECEIVE_ILLEGAL)
@@ -279,7 +282,7 @@ class Vlapic(Priorities):
             if _X2APIC_READABLE >> index & 1:
                 handler = _READ[index]
                 value = self._regs[index] if handler is None else handler(self)
-                return value if index != ICR_LOW else value | self._regs[ICR_HIGH] << 32
+                return value if index != ICR_LOW else value | self.state.icr_high << 32
         elif msr == MSR_TSC_DEADLINE:
             return self._timer.tsc_deadline
         elif msr == MSR_APIC_BASE:
@@ -317,7 +320,7 @@ class Vlapic(Priorities):
             if new == 0:
                 self.init()
             elif old != new:
-                self._regs[ICR_HIGH] = 0
+                self.state.icr_high = 0
                 self._set_ids()
             self._update_accepting()
 
@@ -331,26 +334,32 @@ class Vlapic(Priorities):
         else:
             self._regs[ID] = (apic_id & 0xFF) << 24
             self._regs[LDR] = 0
+        self._configure()
+
+    def _configure(self) -> None:
+        regs = self._regs
+        self.state.configure(self.apic_id, bool(self._base & BASE_ENABLED), self._x2apic, regs[LDR], regs[DFR])
 
     # -- registers ----------------------------------------------------------------------------------------------------
 
     def _update_accepting(self) -> None:
-        self._accepting = bool(self._base & BASE_ENABLED and self._regs[SVR] & SVR_ENABLED)
+        self.state.accepting = bool(self._base & BASE_ENABLED and self._regs[SVR] & SVR_ENABLED)
 
     def _write_eoi(self, value: int) -> None:
         """End the interrupt of the highest priority in service. "Signaling Interrupt Servicing Completion"."""
-        level = self._complete()
-        if level is not None:
+        level = self.state.complete()
+        if level >= 0:
             self._lvt.eoi(level)
             self._bus.eoi(level)
-        if self._irr:
-            self._notify_if_pending()
+        self._notify_if_pending()
 
     def _write_ldr(self, value: int) -> None:
         self._regs[LDR] = value & 0xFF000000
+        self._configure()
 
     def _write_dfr(self, value: int) -> None:
         self._regs[DFR] = value | 0x0FFFFFFF
+        self._configure()
 
     def _write_svr(self, value: int) -> None:
         """See "Spurious-Interrupt Vector Register (SVR)"; while software-disabled every LVT entry stays masked."""
@@ -391,36 +400,38 @@ class Vlapic(Priorities):
     def save(self) -> VlapicV1:
         with self._lock:
             regs = list(self._regs)
-            regs[TPR] = self._tpr
+            state = self.state
+            regs[TPR], regs[ICR_LOW], regs[ICR_HIGH] = state.tpr, state.icr_low, state.icr_high
             return VlapicV1(
                 apic_id=self.apic_id,
                 base=self._base,
                 regs=tuple(regs),
-                irr=self._irr,
-                isr=self._isr,
-                tmr=self._tmr,
+                irr=state.irr,
+                isr=state.isr,
+                tmr=state.tmr,
                 errors=self._errors,
                 lint=(self._lvt.pins[0], self._lvt.pins[1]),
                 extint_latched=self._extint_latched,
                 timer=self._timer.save(),
             )
 
-    def restore(self, state: VlapicV1) -> None:
+    def restore(self, saved: VlapicV1) -> None:
         """Take over a saved state (of the same id: ValueError); the guest's TSC must have been restored before."""
-        if state.apic_id != self.apic_id:
-            raise ValueError(f"state of local APIC {state.apic_id} given to local APIC {self.apic_id}")
+        if saved.apic_id != self.apic_id:
+            raise ValueError(f"state of local APIC {saved.apic_id} given to local APIC {self.apic_id}")
         with self._lock:
-            self._base = state.base
-            self._x2apic = state.base & BASE_MODE == BASE_MODE
-            self._regs[:] = state.regs
-            self._tpr = state.regs[TPR]
-            self._irr, self._isr, self._tmr = state.irr, state.isr, state.tmr
-            self._errors = state.errors
-            self._lvt.restore_pins(state.lint)
-            self._extint_latched = state.extint_latched
-            self._timer.restore(state.timer)
+            self._base = saved.base
+            self._x2apic = saved.base & BASE_MODE == BASE_MODE
+            self._regs[:] = saved.regs
+            state = self.state
+            state.irr, state.isr, state.tmr = saved.irr, saved.isr, saved.tmr
+            state.tpr, state.icr_low, state.icr_high = (saved.regs[index] for index in (TPR, ICR_LOW, ICR_HIGH))
+            self._errors = saved.errors
+            self._lvt.restore_pins(saved.lint)
+            self._extint_latched = saved.extint_latched
+            self._timer.restore(saved.timer)
             self._update_accepting()
-            self._update_ppr()
+            self._configure()
         self._notify_if_pending()
 
 
@@ -431,10 +442,10 @@ _Write = Callable[[Vlapic, int], None]
 def _part(kind: str, shift: int) -> _Read:
     """Read 32 bits of a 256-bit register."""
     if kind == "isr":
-        return lambda vlapic: vlapic._isr >> shift & 0xFFFFFFFF
+        return lambda vlapic: vlapic.state.isr >> shift & 0xFFFFFFFF
     if kind == "tmr":
-        return lambda vlapic: vlapic._tmr >> shift & 0xFFFFFFFF
-    return lambda vlapic: vlapic._irr >> shift & 0xFFFFFFFF
+        return lambda vlapic: vlapic.state.tmr >> shift & 0xFFFFFFFF
+    return lambda vlapic: vlapic.state.irr >> shift & 0xFFFFFFFF
 
 
 def _lvt(index: int) -> _Write:
@@ -455,8 +466,10 @@ _WIDE: Final = {
 # None: the register is what `_regs` holds.
 _READ: Final[tuple[_Read | None, ...]] = tuple(
     {
-        TPR: lambda vlapic: vlapic._tpr,
-        PPR: lambda vlapic: vlapic._ppr,
+        TPR: lambda vlapic: vlapic.state.tpr,
+        PPR: lambda vlapic: vlapic.state.ppr,
+        ICR_LOW: lambda vlapic: vlapic.state.icr_low,
+        ICR_HIGH: lambda vlapic: vlapic.state.icr_high,
         TIMER_INITIAL: lambda vlapic: vlapic._timer.initial,
         TIMER_CURRENT: lambda vlapic: vlapic._timer.current(),
         TIMER_DIVIDE: lambda vlapic: vlapic._timer.divide,

@@ -1,18 +1,18 @@
 """The interrupt command register: how a processor interrupts others, or itself.
 
-Intel SDM vol 3, "Issuing Interprocessor Interrupts". Both halves are words of the local APIC's register file.
+Intel SDM vol 3, "Issuing Interprocessor Interrupts". Both halves are where the processor keeps them, which may send
+fixed interrupts by itself.
 """
 
 from typing import Protocol
 
+from pyhyve.cpu.processor import ApicState
 from pyhyve.vmm.io.apicbus import FIXED, INIT, LOWEST_PRIORITY, NMI, STARTUP, ApicBus, LocalApic
 from pyhyve.vmm.io.apicregs import (
     ESR_SEND_ILLEGAL,
     ICR_ASSERT,
-    ICR_HIGH,
     ICR_LEVEL,
     ICR_LOGICAL,
-    ICR_LOW,
     ICR_LOW_WRITABLE,
 )
 
@@ -29,28 +29,28 @@ class Sender(LocalApic, Protocol):
 
 
 class InterruptCommands:
-    """`regs`: the register file."""
+    """`state`: where both halves are."""
 
-    __slots__ = ("_apic", "_bus", "_regs")
+    __slots__ = ("_apic", "_bus", "_state")
 
-    def __init__(self, regs: list[int], apic: Sender, bus: ApicBus) -> None:
-        self._regs = regs
+    def __init__(self, state: ApicState, apic: Sender, bus: ApicBus) -> None:
+        self._state = state
         self._apic = apic
         self._bus = bus
 
     def write_low(self, value: int) -> None:
         """The low half in xAPIC mode: sends."""
-        self._regs[ICR_LOW] = value & ICR_LOW_WRITABLE
-        self._send(value, self._regs[ICR_HIGH] >> 24)
+        self._state.icr_low = value & ICR_LOW_WRITABLE
+        self._send(value, self._state.icr_high >> 24)
 
     def write_high(self, value: int) -> None:
         """The high half in xAPIC mode: a destination of 8 bits."""
-        self._regs[ICR_HIGH] = value & 0xFF000000
+        self._state.icr_high = value & 0xFF000000
 
     def write(self, value: int) -> None:
         """The ICR in x2APIC mode: one write of 64 bits, the high half all destination."""
-        self._regs[ICR_LOW] = value & ICR_LOW_WRITABLE
-        self._regs[ICR_HIGH] = dest = value >> 32
+        self._state.icr_low = value & ICR_LOW_WRITABLE
+        self._state.icr_high = dest = value >> 32
         self._send(value, dest)
 
     def write_self_ipi(self, value: int) -> None:
