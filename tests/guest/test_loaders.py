@@ -175,7 +175,7 @@ def test_interrupt_lines_of_the_test_device_reach_the_io_apic(tmp_path: Path) ->
         f"""
         mov dword ptr [0xfee000f0], 0x1ff           # local APIC on
         mov dword ptr [0xfec00000], 0x38            # pin 20, low half
-        mov dword ptr [0xfec00010], 0x41            # edge, vector 0x41
+        mov dword ptr [0xfec00010], 0x2041          # edge, active low, vector 0x41
         mov dword ptr [0xfec00000], 0x39
         mov dword ptr [0xfec00010], 0
         mov dx, 0x2014
