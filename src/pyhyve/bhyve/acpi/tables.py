@@ -11,6 +11,8 @@ from typing import Final
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import dsdt
 from pyhyve.bhyve.pci.bits import BUSES
+from pyhyve.vmm.io.deadline import MIN_PERIOD_NS
+from pyhyve.vmm.io.vhpet import TICK_NS
 
 OEM_ID: Final = b"BHYVE "
 CREATOR_ID: Final = b"PYHV"
@@ -63,6 +65,9 @@ _LAPIC_IDS: Final = 255
 
 HPET_BLOCK_ID: Final = 0x8086_A701
 """The low half of the HPET's capability register: Intel, 8 comparators, a counter of 64 bits, legacy replacement."""
+
+HPET_MINIMUM_TICKS: Final = MIN_PERIOD_NS // TICK_NS
+"""Periods of fewer ticks are merged."""
 
 
 def build_acpi(
@@ -237,7 +242,7 @@ def _override(irq: int, pin: int, flags: int) -> bytes:
 
 def build_hpet() -> bytes:
     address = struct.pack("<BBBBQ", _MEMORY_SPACE, 0, 0, 0, layout.HPET_BASE)
-    return table(b"HPET", 1, b"BVHPET", struct.pack("<I12sBHB", HPET_BLOCK_ID, address, 0, 0, 0))
+    return table(b"HPET", 1, b"BVHPET", struct.pack("<I12sBHB", HPET_BLOCK_ID, address, 0, HPET_MINIMUM_TICKS, 0))
 
 
 def build_mcfg() -> bytes:

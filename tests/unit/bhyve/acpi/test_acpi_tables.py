@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pyhyve.base.fakes import FakeClock, FakeMsiSink, FakePin, FakeTimers
 from pyhyve.bhyve import layout
 from pyhyve.bhyve.acpi import build_acpi
 from pyhyve.bhyve.acpi import tables as acpi
+from pyhyve.vmm.io.vhpet import Vhpet
 
 IASL = shutil.which("iasl")
 needs_iasl = pytest.mark.skipif(IASL is None, reason="iasl is not installed (Debian: acpica-tools)")
@@ -79,6 +81,16 @@ def test_processors_beyond_the_last_8_bit_apic_id_are_x2apics() -> None:
 def test_the_timer_is_on_pin_2_and_the_sci_is_level_low() -> None:
     overrides = [entry for entry in entries(acpi.build_madt((0,))) if entry[0] == acpi.MADT_SOURCE_OVERRIDE]
     assert [struct.unpack_from("<BIH", entry, 3) for entry in overrides] == [(0, 2, 0x5), (9, 9, 0xF)]
+    low = {pin for pin in range(layout.IOAPIC_PINS) if layout.IOAPIC_ACTIVE_LOW >> pin & 1}
+    assert low == {layout.SCI_IRQ, *range(layout.PCI_IOAPIC_PIN_BASE, layout.IOAPIC_PINS)}
+
+
+def test_the_hpets_table_says_what_its_register_says() -> None:
+    table = acpi.build_hpet()
+    hpet = Vhpet(FakeClock(), FakeTimers(FakeClock()), FakeMsiSink(), lambda n: FakePin(), (FakePin(), FakePin()))
+    identity, space, address = struct.unpack_from("<IB3xQ", table, 36)
+    assert (identity, space, address) == (hpet.read(0, 4), 0, layout.HPET_BASE)
+    assert struct.unpack_from("<H", table, 53)[0] == 200  # 20 microseconds
 
 
 def test_the_fadt_promises_what_the_machine_has() -> None:
