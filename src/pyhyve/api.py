@@ -8,6 +8,7 @@ from typing import Self
 
 from pyhyve.bhyve import config, machine
 from pyhyve.bhyve.console import CaptureConsole, Console, open_console
+from pyhyve.bhyve.layout import IOAPIC_PINS
 from pyhyve.bhyve.lpc.options import FwCfgFile, checked_file, parse_lpc
 from pyhyve.bhyve.machine import VcpuView
 from pyhyve.bhyve.outcome import Outcome
@@ -23,9 +24,9 @@ class Machine:
 
     `kernel` is a Linux kernel, a Multiboot image or a PVH kernel; `modules` ("FILE ARGUMENTS") are for the latter two.
     `lpc` names devices as `-l` does ("isa-debug-exit,iobase=0xf4"); `fwcfg` gives fw_cfg's files by name.
-    `memory` is bytes or text ("256M"), `cpus` a number or text ("4,cores=2,threads=2"). `console` is "capture" (see
-    `.console`), one of the command line's ("stdio", "pty", "file:PATH", "none") or an object of your own. UsageError
-    and HostError, one line each, where it cannot be.
+    `memory` is bytes or text ("256M"), `cpus` a number or text ("4,cores=2,threads=2"), `ioapic_pins` 24 or 32; `rtc`
+    is "utc" or "local". `console` is "capture" (see `.console`), one of the command line's ("stdio", "pty",
+    "file:PATH", "none") or an object of your own. UsageError and HostError, one line each, where it cannot be.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Machine:
         processor: str = "auto",
         code_cache: str | int = DEFAULT_CODE_CACHE,
         cpu_features: Mapping[str, bool] | None = None,
+        ioapic_pins: int = IOAPIC_PINS,
+        rtc: str = "utc",
         kaslr: bool = False,
         lpc: Sequence[str] = (),
         fwcfg: Mapping[str, str | bytes] | None = None,
@@ -62,6 +65,8 @@ class Machine:
             cpu_features=parse_cpu_features(
                 (f"{name}={'on' if wanted else 'off'}" for name, wanted in (cpu_features or {}).items()), "cpu_features"
             ),
+            ioapic_pins=ioapic_pins,
+            rtc_utc=config.parse_rtc(rtc, "rtc"),
             kaslr=kaslr,
             lpc=tuple(map(parse_lpc, lpc)),
             fwcfg=tuple(_fwcfg_file(name, data) for name, data in (fwcfg or {}).items()),

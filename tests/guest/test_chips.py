@@ -1,11 +1,15 @@
 """Interrupts of the HPET by way of the I/O APIC, as guests of a few instructions meet them."""
 
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 import pytest
 from asm import MISSING
 from small import IDT, kernel, run
+
+import pyhyve
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=MISSING or "")
 
@@ -77,6 +81,44 @@ def counted(interrupts: int) -> str:
 
 def show(*registers: str) -> str:
     return "".join(f"mov eax, {register}\ncall print\n" for register in registers)
+
+
+@pytest.mark.parametrize(("pins", "version"), [(24, 0x17_0011), (32, 0x1F_0020)])
+def test_an_io_apic_has_as_many_pins_as_were_asked_for(tmp_path: Path, pins: int, version: int) -> None:
+    source = "mov r10d, 0xfec00000\nmov dword ptr [r10], 1\nmov eax, [r10 + 0x10]\ncall print\n"
+    with pyhyve.Machine(kernel(source, tmp_path), memory="32M", processor="bt", ioapic_pins=pins) as machine:
+        machine.run(20)
+        assert int(machine.console.output, 16) == version
+
+
+@pytest.mark.parametrize(("rtc", "hours"), [("utc", 0), ("local", 5)])
+def test_the_clock_shows_utc_or_local_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rtc: str, hours: int
+) -> None:
+    """Local time is five hours ahead. The guest sends the hour, in BCD, until its minutes did not change meanwhile."""
+    monkeypatch.setenv("TZ", "XYZ-5")
+    time.tzset()
+    read = "".join(
+        f"mov al, {register}\nout 0x70, al\nin al, 0x71\nmovzx eax, al\ncall print\n" for register in (2, 4, 2)
+    )
+    try:
+        path = kernel(read, tmp_path)
+        while True:
+            before = datetime.now(UTC)
+            with pyhyve.Machine(path, memory="32M", processor="bt", rtc=rtc) as machine:
+                machine.run(20)
+                minute, hour, again = (int(word) for word in machine.console.output.split())
+            if minute == again and before.hour == datetime.now(UTC).hour:
+                break
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert hour == (before.hour + hours) % 24
+
+
+def test_a_clock_that_shows_something_else_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(pyhyve.UsageError, match="rtc mars: unknown; the real-time clock shows utc or local time"):
+        pyhyve.Machine(tmp_path / "kernel", rtc="mars")
 
 
 @pytest.mark.seed("S10")

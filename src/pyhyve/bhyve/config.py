@@ -95,6 +95,13 @@ def parse_pin(text: str, option: str = "-p") -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_rtc(text: str, option: str = "--rtc") -> bool:
+    """Return whether "utc" or "local" is UTC."""
+    if text not in ("utc", "local"):
+        raise UsageError(f"{option} {text}: unknown; the real-time clock shows utc or local time")
+    return text == "utc"
+
+
 def parse_module(text: str) -> ModuleFile:
     """Return the module for "FILE" or "FILE ARGUMENTS"; a name with spaces is taken whole if there is such a file."""
     path, _, arguments = text.partition(" ")
