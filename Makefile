@@ -18,7 +18,7 @@ INSTALL_STAMP := $(VENV)/.stamp-install
 NATIVE := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h')
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format build fuzz-cpu fuzz-decode bench soak dist clean distclean
+.PHONY: help run test lint format build fuzz-cpu fuzz-decode bench soak drift dist clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ fuzz-decode: $(INSTALL_STAMP) $(TEST_STAMP) ## compare the decoder with iced-x86
 
 soak: $(INSTALL_STAMP) ## run a guest that checks itself, for MINUTES (60)
 	@$(BIN)/python bench/soak.py --minutes $(MINUTES) $(SOAK)
+
+drift: $(INSTALL_STAMP) ## hold guests' clocks against the host's under load, for MINUTES (10)
+	@$(BIN)/python bench/drift.py --minutes $(if $(filter command line environment,$(origin MINUTES)),$(MINUTES),10) $(DRIFT)
 
 dist: $(INSTALL_STAMP) ## sdist and wheel, in dist/
 	@$(PIP) install build
