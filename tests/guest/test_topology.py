@@ -9,6 +9,7 @@ import pytest
 from shell import APPEND, Shell, machine
 
 from pyhyve.bhyve.boot.guestimage import GuestImage
+from pyhyve.libvmm.client import Client
 
 CPU = "/sys/devices/system/cpu"
 
@@ -107,6 +108,8 @@ def test_pinning_can_be_read_back_and_is_the_threads_own(guest_image: GuestImage
         shell = Shell.boot(guest)
         shell("for n in 0 1 2; do (while :; do :; done) & done")
         assert [vcpu.host_cpus for vcpu in guest.vcpus] == [wanted[0], cpus, wanted[2]]
+        with Client(guest.name) as client:
+            assert client.describe().host_cpus == [[first], sorted(cpus), sorted({first, last})]
         allowed = {}
         for task in Path("/proc/self/task").iterdir():
             status = dict(re.findall(r"^(\w+):\s*(.*)$", (task / "status").read_text(), re.MULTILINE))

@@ -7,7 +7,7 @@ with Client("web") as vm:
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ class CallError(PyhyveError):
 @dataclass(frozen=True, slots=True)
 class Description:
     """A VM, as it describes itself. state: created, running, paused or stopped; ended_by: why it stopped, or None.
+    topology: sockets, cores in each, threads in each of those; host_cpus: where each virtual processor may run.
     memory: bytes; made: seconds since 1970."""
 
     name: str
@@ -40,6 +41,8 @@ class Description:
     state: str
     ended_by: str | None
     cpus: int
+    topology: Mapping[str, int]
+    host_cpus: Sequence[Sequence[int]]
     memory: int
     processor: str
     made: float

@@ -23,6 +23,8 @@ DESCRIPTION = {
     "state": "running",
     "ended_by": None,
     "cpus": 2,
+    "topology": {"sockets": 1, "cores": 2, "threads": 1},
+    "host_cpus": [[0], [0, 1]],
     "memory": 1 << 28,
     "processor": "bt",
     "made": 1.0,
@@ -82,6 +84,7 @@ def test_description(tmp_path):
     with vm(tmp_path), Client("web", directory=tmp_path) as client:
         described = client.describe()
         assert (described.name, described.state, described.cpus) == ("web", "running", 2)
+        assert (described.topology, described.host_cpus) == ({"sockets": 1, "cores": 2, "threads": 1}, [[0], [0, 1]])
 
 
 def test_unknown_vm_has_a_suggestion(tmp_path):

@@ -27,9 +27,10 @@ def asked(tmp_path, monkeypatch):
         return Explanation("IRQ 4", "IRQ 4: nothing asserts it.", "pin", STAGES).as_json()
 
     description = {"name": "web", "pid": 7, "state": "running", "ended_by": None, "cpus": 2, "memory": 1 << 28}
+    description |= {"processor": "bt", "made": 1.5, "topology": {"sockets": 2}, "host_cpus": [[0], [1]]}
     table = {
         "version": Method(lambda: {"protocol": 1}, ""),
-        "describe": Method(lambda: {**description, "processor": "bt", "made": 1.5}, ""),
+        "describe": Method(lambda: description, ""),
         "stats": Method(lambda: {"exits": {"hlt": 12}}, ""),
         "interrupts.trace": Method(lambda on: questions.append(on) or {}, "", {"on": Parameter(bool, "")}),
         "interrupts.latency": Method(lambda: {"text": "vector 0x41: 5", "waits": {}}, ""),

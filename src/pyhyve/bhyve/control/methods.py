@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Protocol
 
 from pyhyve.base.errors import UsageError
@@ -48,6 +49,8 @@ def methods(machine: Served) -> Mapping[str, Method]:
             "state": machine.vm.state.value,
             "ended_by": None if suspended is None else suspended.how.value,
             "cpus": machine.config.cpus,
+            "topology": asdict(machine.config.topology),
+            "host_cpus": [sorted(vcpu.host_cpus) for vcpu in machine.vm.vcpus],
             "memory": machine.config.memory,
             "processor": machine.vm.capabilities.name,
             "made": made,
