@@ -101,6 +101,35 @@ class Exit(Protocol):
     mmio_value: int
 
 
+class ApicTimer(Protocol):
+    """A local APIC's timer, where the engine keeps it: it posts the interrupt, and starts anew in periodic mode. Times
+    are the guest's time-stamp counter. Set by the vCPU's thread, while `run()` does not run."""
+
+    lvt: int
+    """The LVT entry: vector, mask, mode."""
+    deadline: int
+    """When the interrupt is due; 0: the timer does not run."""
+
+    @property
+    def initial(self) -> int:
+        """The initial count."""
+        ...
+
+    def set_clock(self, tsc_hz: int, bus_hz: int, shortest_ns: int) -> None:
+        """What is counted, and the shortest period that is kept: what falls between merges."""
+        ...
+
+    def set_divisor(self, divisor: int) -> None: ...
+
+    def start(self, count: int) -> None:
+        """Write the initial count: start from there, or stop with 0."""
+        ...
+
+    def take_error(self) -> bool:
+        """True, once, if the interrupt was due and its vector below 16."""
+        ...
+
+
 class ApicState(Protocol):
     """What decides when a local APIC's interrupts are delivered, where the engine keeps it: IRR, ISR and TMR (ints of
     256 bits), TPR and PPR (0-255), and the ICR's halves as the xAPIC page shows them.
@@ -120,6 +149,13 @@ class ApicState(Protocol):
     accepting: bool
     """Enabled by hardware and software."""
     direct: bool
+    resting: bool
+    """Set by the monitor: the next `run()` goes on with a HLT that came out of it. Cleared when it does."""
+
+    @property
+    def timer(self) -> ApicTimer | None:
+        """The timer; None if it is the monitor's."""
+        ...
 
     @property
     def ppr(self) -> int:

@@ -43,6 +43,8 @@ class GuestTsc:
         self.hz = khz * 1000
         self.offset = 0
         self.adjust = 0
+        self.on_write: Callable[[int], None] = lambda delta: None
+        """Told by how much the guest has moved its counter."""
 
     def now(self) -> int:
         """The guest's counter, 0 <= n < 2**64."""
@@ -62,11 +64,13 @@ class GuestTsc:
         delta = (value - self.now()) & _MASK64
         self.adjust = (self.adjust + delta) & _MASK64
         self.set_offset(self.offset + delta & _MASK64)
+        self.on_write(delta)
 
     def write_adjust(self, value: int) -> None:
         delta = value - self.adjust
         self.adjust = value
         self.set_offset(self.offset + delta & _MASK64)
+        self.on_write(delta)
 
 
 class PvClock:

@@ -272,6 +272,10 @@ class Vcpu:
     def attend(self) -> None:
         """Look at what is pending and prepare the next entry; called with the device lock held, `attention` cleared."""
         backend = self.backend
+        apic = self.vlapic.state
+        if apic.resting:
+            apic.resting = False
+            self.state = HALTED
         if self._init_pending:
             self._take_init()
         if self.state == WAIT_SIPI:
@@ -284,12 +288,7 @@ class Vcpu:
         vlapic = self.vlapic
         vector = vlapic.pending_vector()
         wanted = False
-        if vector is not None and vlapic.state.direct:
-            # The processor delivers it, but does not know of a HLT that came here.
-            if backend.interruptible():
-                self.state = RUNNING
-            vector = None
-        if vector is not None:
+        if vector is not None and not apic.direct:
             if backend.interruptible():
                 vlapic.acknowledge(vector)
                 backend.inject(vector, INJECT_EXTERNAL)
@@ -310,6 +309,10 @@ class Vcpu:
         if wanted is not self._window:
             self._window = wanted
             backend.request_interrupt_window(wanted)
+        if self.state == HALTED and apic.direct and apic.accepting and not wanted and backend.interruptible():
+            # The processor goes on with the HLT: it delivers what ends it.
+            apic.resting = True
+            self.state = RUNNING
 
     def load_task_priority(self) -> None:
         """Tell the local APIC of the guest's CR8: the processor may have changed it without an exit."""

@@ -167,6 +167,7 @@ class Vm:
             )
             self.apic_bus.attach(vlapic)
             vcpu.tsc = tsc
+            tsc.on_write = vlapic.tsc_written
             vcpu.vlapic = vlapic
             vcpu.msrs = MsrTable(
                 backend,

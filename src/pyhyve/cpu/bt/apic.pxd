@@ -6,7 +6,7 @@ processor can deliver an interrupt, complete one (EOI), send a fixed one to anot
 Whatever else there is to an access, it leaves to the monitor, untouched.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 cdef enum:
     APIC_NOT_HERE = 0       # Apic.mode: the monitor carries everything out
@@ -34,12 +34,43 @@ cdef struct Apic:
     uint32_t window         # this waits for an interrupt window
     uint32_t monitor_window # the monitor does
     uint8_t* poll           # Vcpu.poll, as bytes
+    uint64_t* tsc_offset    # of the Vcpu
+    # the timer; times are the guest's TSC
+    uint64_t deadline       # 0: it does not run
+    uint64_t cycles         # what `initial` takes
+    uint32_t initial        # as the register shows it
+    uint32_t divisor
+    uint32_t lvt            # the timer's LVT entry
+    uint32_t rang           # the alarm has rung, or the deadline is another: look at it
+    uint64_t armed          # the host's TSC when the alarm rings; 0: not set
+    uint64_t cycles_a_tick  # of the local APIC's bus, in units of 2**-32
+    uint64_t ns_a_cycle     # in units of 2**-32
+    uint64_t shortest       # cycles: timers do not come oftener
+    uint32_t bad_vector     # the timer's vector was below 16: an error that ESR has not yet
+    int32_t alarm           # a timer of the host's kernel, for thread `alarm_thread`; valid if that is not 0
+    int32_t alarm_thread
+    uint32_t resting        # the monitor says: go on with a HLT
     uint64_t halts
     uint64_t halted_cycles
     uint64_t eois
     uint64_t ipis
     uint64_t taken          # interrupts that were delivered here
     uint64_t delivered[256] # the same by vector
+
+cdef enum:
+    LVT_MASKED = 1 << 16
+    TIMER_PERIODIC = 1      # the entry's bits 18:17
+    TIMER_DEADLINE = 2
+
+# Start the timer with a count, or stop it with 0; in TSC-deadline mode it goes by timer_deadline().
+cdef void timer_count(Apic* a, uint32_t count) noexcept nogil
+cdef void timer_deadline(Apic* a, uint64_t deadline) noexcept nogil
+# The divisor has changed.
+cdef void timer_cycles(Apic* a) noexcept nogil
+# The alarm has rung, for this thread.
+cdef void timer_rings(Apic* a) noexcept nogil
+# Look at the deadline, if there is reason to: post the interrupt, set the host's alarm. The vCPU's thread only.
+cdef void timer_look(Apic* a) noexcept nogil
 
 # IRR gets `vector`, from any thread; true if it did not have it.
 cdef bint apic_accept(Apic* a, uint32_t vector, bint level) noexcept nogil

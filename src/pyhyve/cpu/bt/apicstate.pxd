@@ -8,3 +8,6 @@ cdef class BtApicState:
     cdef object owner       # of the memory
 
 cdef BtApicState make_state(Apic* a, object owner)
+# Let the alarm interrupt the calling thread, which is about to run the vCPU. 0, or an error's number.
+cdef int alarm_here(Apic* a)
+cdef void alarm_delete(Apic* a)

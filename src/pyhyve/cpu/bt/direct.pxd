@@ -11,3 +11,5 @@ cdef void direct_leave(Cache* c) noexcept nogil
 cdef void direct_deliver(Vcpu* v, Cache* c) noexcept nogil
 # Carry out what the exit `reason` is for. True: go on in the guest; else `reason` is for the monitor.
 cdef bint direct_exit(Vcpu* v, Cache* c, int* reason) noexcept nogil
+# Go on with a HLT that the monitor looked into. False: it is for the monitor again.
+cdef bint direct_rest(Vcpu* v, Cache* c) noexcept nogil

@@ -35,12 +35,14 @@ cdef extern from *:
 cdef enum:
     APIC_PAGE = 0xFEE00
     MSR_X2APIC = 0x800
+    MSR_TSC_DEADLINE = 0x6E0
 
     # registers, by offset >> 4 of the page
     REG_TPR = 0x08
     REG_EOI = 0x0B
     REG_ICR = 0x30
     REG_ICR_HIGH = 0x31
+    REG_TIMER_INITIAL = 0x38
     REG_SELF_IPI = 0x3F
 
     TO_DEST = 0                 # destination shorthands
@@ -75,6 +77,7 @@ cdef void direct_deliver(Vcpu* v, Cache* c) noexcept nogil:
     cdef Apic* a = c.apic
     cdef int vector
     _load_priority(v, a)
+    timer_look(a)
     vector = apic_pending(a)
     a.window = 0
     if vector >= 0:
@@ -93,6 +96,11 @@ cdef void direct_deliver(Vcpu* v, Cache* c) noexcept nogil:
     v.window = <uint8_t>(a.window | a.monitor_window)
 
 
+cdef bint direct_rest(Vcpu* v, Cache* c) noexcept nogil:
+    c.apic.resting = 0
+    return v.inject_valid != 0 or _halt(v, c)
+
+
 cdef bint direct_exit(Vcpu* v, Cache* c, int* reason) noexcept nogil:
     cdef Apic* a = c.apic
     cdef int done = TO_MONITOR
@@ -102,10 +110,14 @@ cdef bint direct_exit(Vcpu* v, Cache* c, int* reason) noexcept nogil:
     if v.debug:
         return False
     if reason[0] == X_HLT:
-        return _halt(v, c)
+        return not v.sysflags & F_TF and _halt(v, c)
     if reason[0] == X_WRMSR:
         if a.mode == APIC_X2APIC and v.exit.msr >> 8 == MSR_X2APIC >> 8:
             done = _write(v, c, v.exit.msr & 0xFF, v.exit.msr_value)
+        elif v.exit.msr == MSR_TSC_DEADLINE and a.mode != APIC_NOT_HERE:
+            if a.lvt >> 17 & 3 == TIMER_DEADLINE:
+                timer_deadline(a, v.exit.msr_value)
+            done = DONE
     elif reason[0] == X_EPT_VIOLATION:
         if a.mode == APIC_XAPIC and v.exit.gpa >> 12 == APIC_PAGE and not v.exit.gpa & 0xF and not v.inject_valid:
             done = _page_access(v, c, <uint32_t>(v.exit.gpa >> 4 & 0xFF))
@@ -157,6 +169,12 @@ cdef int _write(Vcpu* v, Cache* c, uint32_t register, uint64_t value) noexcept n
         if value > 0xFF:
             return TO_MONITOR
         return _send(v, c, TO_SELF << 18 | <uint32_t>value, 0)
+    if register == REG_TIMER_INITIAL:
+        if value >> 32:
+            return TO_MONITOR
+        if a.lvt >> 17 & 3 != TIMER_DEADLINE:
+            timer_count(a, <uint32_t>value)
+        return DONE
     if register == REG_TPR:
         if value > 0xFF:
             return TO_MONITOR
@@ -280,26 +298,29 @@ cdef bint _halt(Vcpu* v, Cache* c) noexcept nogil:
     cdef Apic* a = c.apic
     cdef uint32_t seen
     cdef uint64_t start
-    if not v.iflag or v.db_pending or v.sysflags & F_TF or a.monitor_window or not a.accepting:
+    if not v.iflag or v.inject_valid or v.db_pending or a.monitor_window or not a.accepting:
+        v.exit.reason = X_HLT
         return False
     v.shadow = 0
     _load_priority(v, a)
     a.halts += 1
     start = bt_cycles()
-    while apic_pending(a) < 0:
+    while True:
         bt_put_word(&a.halted, 1)
         seen = bt_word(&a.wake)
+        timer_look(a)
+        if apic_pending(a) >= 0:
+            break
         if bt_byte(&v.kick):
             bt_put_word(&a.halted, 0)
             v.kick = 0
             v.exit.reason = X_HLT
             a.halted_cycles += bt_cycles() - start
             return False
-        if apic_pending(a) < 0:
-            set_in_guest(&c.inbox, 0)
-            bt_futex_wait(&a.wake, seen)
-            set_in_guest(&c.inbox, 1)
-            inbox_process(c)
-        bt_put_word(&a.halted, 0)
+        set_in_guest(&c.inbox, 0)
+        bt_futex_wait(&a.wake, seen)
+        set_in_guest(&c.inbox, 1)
+        inbox_process(c)
+    bt_put_word(&a.halted, 0)
     a.halted_cycles += bt_cycles() - start
     return True

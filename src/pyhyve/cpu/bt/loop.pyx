@@ -9,7 +9,7 @@ from pyhyve.cpu.bt.debug cimport (
     DR6_BS, PENDING_STEP, data_watched, debug_boundary, debug_fetch, note_data,
 )
 from pyhyve.cpu.bt.decode cimport C_BRANCH, C_COPY, C_INVALID, C_LIMIT, Insn
-from pyhyve.cpu.bt.direct cimport direct_deliver, direct_enter, direct_exit, direct_leave
+from pyhyve.cpu.bt.direct cimport direct_deliver, direct_enter, direct_exit, direct_leave, direct_rest
 from pyhyve.cpu.bt.masked cimport bounce_of, masked_address, masked_commit
 from pyhyve.cpu.bt.microcode cimport deliver_exception, deliver_interrupt, microcode
 from pyhyve.cpu.bt.mmu cimport MMU_CODE, bt_copy, mmu_fetch, mmu_fill, mmu_page, mmu_promote, mmu_write
@@ -354,11 +354,13 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
     inbox_process(c)
     if c.apic.direct:
         direct_enter(c)
-        while True:
-            direct_deliver(v, c)
-            r = _loop(v)
-            if not direct_exit(v, c, &r):
-                break
+        r = X_HLT
+        if not c.apic.resting or direct_rest(v, c):
+            while True:
+                direct_deliver(v, c)
+                r = _loop(v)
+                if not direct_exit(v, c, &r):
+                    break
         direct_leave(c)
     else:
         r = _loop(v)

@@ -485,10 +485,7 @@ cdef int wrmsr(Vcpu* v, Insn* i) noexcept nogil:
     if place == NULL:
         if msr == MSR_XSS and v.features >> FT_XSAVES & 1:
             return gp0(v) if value else advance(v, i)     # there are no supervisor components
-        if msr != MSR_TSC:
-            return msr_exit(v, i, X_WRMSR, msr, value)
-        v.tsc_offset = value - bt_rdtsc()
-        return advance(v, i)
+        return msr_exit(v, i, X_WRMSR, msr, value)
     if place == &v.efer:
         if write_efer(v, value) != R_OK:
             return R_FAULT

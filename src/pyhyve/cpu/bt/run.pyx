@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from pyhyve.cpu.bt.apic cimport apic_wake
-from pyhyve.cpu.bt.apicstate cimport BtApicState, make_state
+from pyhyve.cpu.bt.apicstate cimport BtApicState, alarm_delete, alarm_here, make_state
 from pyhyve.cpu.bt.codecache cimport Block, Cache, CodePage, cold_start
 from pyhyve.cpu.bt.debug cimport DR6_BS, debug_update
 from pyhyve.cpu.bt.loop cimport loop_guest_rip, loop_init, loop_run
@@ -450,6 +450,7 @@ cdef class BtVcpu:
         shared.s.inboxes[self.c.me] = &self.c.inbox
         self.c.apic = &shared.s.apics[self.c.me]
         self.c.apic.poll = self.c.inbox.poll
+        self.c.apic.tsc_offset = &self.v.tsc_offset
         self.apic = make_state(self.c.apic, shared)
         shared.s.n_vcpus += 1
         mmu_init(self.v)
@@ -464,6 +465,8 @@ cdef class BtVcpu:
     def __dealloc__(self):
         if self.c != NULL:
             bt_unregister(self.c)
+            if self.c.apic != NULL:
+                alarm_delete(self.c.apic)
             if self.c.shared != NULL:
                 self.c.shared.inboxes[self.c.me] = NULL
             if self.v != NULL:
@@ -531,6 +534,8 @@ cdef class BtVcpu:
     def run(self):
         cdef int r
         cdef Vcpu* v = self.v
+        if alarm_here(self.c.apic):
+            raise HostError("cannot make a timer for a vCPU (ulimit -i: too many pending signals?)")
         self.running = True
         bt_signal_stack()
         with nogil:
@@ -633,7 +638,9 @@ cdef class BtVcpu:
         elif name == "sysenter_eip": v.sysenter_eip = value
         elif name == "tsc_aux": v.tsc_aux = value
         elif name == "pat": v.pat = value
-        elif name == "tsc_offset": v.tsc_offset = value
+        elif name == "tsc_offset":
+            v.tsc_offset = value
+            self.c.apic.rang = 1
         else:
             raise KeyError(name)
 

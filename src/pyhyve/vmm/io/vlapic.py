@@ -61,6 +61,7 @@ from pyhyve.vmm.io.apicregs import (
 from pyhyve.vmm.io.vlapicicr import InterruptCommands
 from pyhyve.vmm.io.vlapiclvt import INTR, LVT_X2APIC_WRITABLE, LocalVectorTable
 from pyhyve.vmm.io.vlapicpriority import Priorities
+from pyhyve.vmm.io.vlapicprocessortimer import ProcessorTimer
 from pyhyve.vmm.io.vlapictimer import APIC_BUS_HZ as APIC_BUS_HZ
 from pyhyve.vmm.io.vlapictimer import VlapicTimer, VlapicTimerV1
 
@@ -121,7 +122,12 @@ class Vlapic(Priorities):
         self._on_init = on_init
         self._on_sipi = on_sipi
         self._on_nmi = on_nmi
-        self._timer = VlapicTimer(clock, timers, self._lock, tsc, tsc_hz, self._timer_expired)
+        timer = self.state.timer
+        self._timer: VlapicTimer | ProcessorTimer
+        if timer is None:
+            self._timer = VlapicTimer(clock, timers, self._lock, tsc, tsc_hz, self._timer_expired)
+        else:
+            self._timer = ProcessorTimer(timer, tsc, tsc_hz)
         self._regs = [0] * 64
         self._lvt = LocalVectorTable(self._regs, self, notify)
         self._icr = InterruptCommands(self.state, self, bus)
@@ -368,11 +374,14 @@ class Vlapic(Priorities):
             self._update_accepting()
             if not value & SVR_ENABLED:
                 self._lvt.mask_all()
+                self._timer.set_lvt(self._regs[LVT_TIMER])
         self._notify_if_pending()
 
     def _write_esr(self, value: int) -> None:
         """A write latches what has happened since the last one; reads give the latched bits."""
         with self._lock:
+            if self._timer.take_error():
+                self._errors |= ESR_RECEIVE_ILLEGAL
             self._regs[ESR] = self._errors
             self._errors = 0
 
@@ -390,7 +399,11 @@ class Vlapic(Priorities):
 
     def _write_lvt_timer(self, value: int) -> None:
         self._lvt.write(LVT_TIMER, value)
-        self._timer.set_mode(value >> 17 & 3)
+        self._timer.set_lvt(self._regs[LVT_TIMER])
+
+    def tsc_written(self, delta: int) -> None:
+        """The guest has moved its TSC by so much."""
+        self._timer.tsc_written(delta)
 
     def _timer_expired(self) -> None:
         self._lvt.raise_fixed(LVT_TIMER)
@@ -430,6 +443,7 @@ class Vlapic(Priorities):
             self._lvt.restore_pins(saved.lint)
             self._extint_latched = saved.extint_latched
             self._timer.restore(saved.timer)
+            self._timer.set_lvt(self._regs[LVT_TIMER])
             self._update_accepting()
             self._configure()
         self._notify_if_pending()

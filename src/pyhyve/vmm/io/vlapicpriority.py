@@ -16,12 +16,12 @@ BIT: Final = tuple(1 << n for n in range(256))
 class PlainApicState:
     """The ApicState for processors that have none of their own: everything goes through the monitor."""
 
-    __slots__ = ("_isr", "_lock", "_tpr", "accepting", "direct", "icr_high", "icr_low", "irr", "ppr", "tmr")
+    __slots__ = ("_isr", "_lock", "_tpr", "accepting", "direct", "icr_high", "icr_low", "irr", "ppr", "resting", "tmr")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.accepting = False
-        self.direct = False
+        self.direct = self.resting = False
         self.clear()
 
     def clear(self) -> None:
@@ -47,6 +47,10 @@ class PlainApicState:
     def tpr(self, value: int) -> None:
         self._tpr = value
         self._update_ppr()
+
+    @property
+    def timer(self) -> None:
+        return None
 
     @property
     def halted(self) -> bool:

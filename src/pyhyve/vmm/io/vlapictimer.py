@@ -22,6 +22,12 @@ _MAX_SLEEP_NS: Final = 1 << 50
 """A TSC deadline further away than this (13 days) is approached in steps."""
 
 
+def divisor(divide: int) -> int:
+    """What the Divide Configuration Register says: 1 to 128."""
+    code = divide & 3 | divide >> 1 & 4
+    return 1 if code == 7 else 2 << code
+
+
 @dataclass(frozen=True, slots=True)
 class VlapicTimerV1:
     """`left`: nanoseconds to the deadline (negative if it is overdue), None if the timer does not run."""
@@ -65,6 +71,18 @@ class VlapicTimer:
             self.initial = 0
             self.tsc_deadline = 0
             self._set_divide(0)
+
+    def set_lvt(self, lvt: int) -> None:
+        """The LVT entry."""
+        self.set_mode(lvt >> 17 & 3)
+
+    def tsc_written(self, delta: int) -> None:
+        """The guest has moved its TSC, for which a TSC deadline is."""
+        self.set_tsc_deadline(self.tsc_deadline)
+
+    def take_error(self) -> bool:
+        """Never: errors are the caller's to find, at `expired`."""
+        return False
 
     def set_mode(self, mode: int) -> None:
         """LVT bits 18:17. Going into or out of TSC-deadline mode disarms."""
@@ -124,8 +142,7 @@ class VlapicTimer:
 
     def _set_divide(self, value: int) -> None:
         self.divide = value & 0xB
-        code = value & 3 | value >> 1 & 4
-        self._divisor = 1 if code == 7 else 2 << code
+        self._divisor = divisor(value)
 
     def _ticks_ns(self, ticks: int) -> int:
         return ticks * self._divisor * _NS // APIC_BUS_HZ
