@@ -19,7 +19,8 @@ cdef inline bint _is_simd_66(Insn* i) noexcept nogil:
     if i.map == 0:
         return False
     if i.map == 1:
-        return is_vector(i)
+        # and fences, CLFLUSH and CLWB; MOVNTI; CMPXCHG8B
+        return is_vector(i) or i.opcode == 0xAE or i.opcode == 0xC3 or i.opcode == 0xC7
     if i.map == 2:
         return not (_is_gpr_0f38(i.opcode))
     return True
