@@ -371,7 +371,7 @@ cdef int enter(Vcpu* v, Insn* i) noexcept nogil:
     r = push_to(v, &sp, &value, size)
     if r != R_OK:
         return r
-    frame = sp
+    frame = v.gpr[RSP] & ~sp_mask(v) | sp
     link = v.gpr[RBP]
     for k in range(1, level):
         link = (link - size) & sp_mask(v)
@@ -390,6 +390,8 @@ cdef int enter(Vcpu* v, Insn* i) noexcept nogil:
     sp = (sp - bytes) & sp_mask(v)
     # the last word of the new frame must be writable
     r = linear(v, SEG_SS, sp, size, ACCESS_WRITE, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, size)
     if r == R_OK:
         r = mmu_probe_write(v, lin, size, v.bank)
     if r != R_OK:

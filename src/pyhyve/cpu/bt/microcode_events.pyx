@@ -364,11 +364,11 @@ cdef int iret_real(Vcpu* v, Insn* i) noexcept nogil:
     cdef bint restricted = vm_restricted(v)
     if restricted and vme_usable(v, size) != R_OK:
         return R_FAULT
-    for k in range(3):
-        word[k] = 0
-        r = pop_from(v, &sp, &word[k], size)
+    for k in range(2, -1, -1):
+        r = pop_slot(v, sp, k, &word[k], size)
         if r != R_OK:
             return r
+    sp += 3 * size
     if word[0] > v.seg[SEG_CS].limit:
         return gp0(v)
     if restricted and vme_check(v, word[2]) != R_OK:
@@ -416,6 +416,23 @@ cdef int iret_to_vm(Vcpu* v, uint64_t rip, uint64_t cs, uint64_t flags, uint64_t
     return R_OK
 
 
+cdef int return_frame(Vcpu* v, uint64_t sp, uint64_t* word, uint32_t size, bint whole) noexcept nogil:
+    """RIP, CS, RFLAGS, and if it is all or the privilege changes RSP and SS; in the order in which AMD's processors load
+    them, which is before any check."""
+    cdef int k, r
+    for k in range(2, -1, -1):
+        r = pop_slot(v, sp, k, &word[k], size)
+        if r != R_OK:
+            return r
+    if not whole and (word[1] & 3 == v.cpl or (size == 4 and word[2] & F_VM and v.cpl == 0)):
+        return R_OK
+    for k in range(4, 2, -1):
+        r = pop_slot(v, sp, k, &word[k], size)
+        if r != R_OK:
+            return r
+    return R_OK
+
+
 cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint32_t size = operand_size(v, i)
     cdef uint64_t sp = v.gpr[RSP]
@@ -444,18 +461,15 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
             for k in range(5):
                 word[k] = p[k]
         else:
-            for k in range(5):
-                word[k] = 0
-                r = pop_from(v, &sp, &word[k], size)
-                if r != R_OK:
-                    return r
-        outer = True
-    else:
-        for k in range(3):
-            word[k] = 0
-            r = pop_from(v, &sp, &word[k], size)
+            r = return_frame(v, sp, word, size, True)
             if r != R_OK:
                 return r
+        outer = True
+    else:
+        r = return_frame(v, sp, word, size, False)
+        if r != R_OK:
+            return r
+        sp += 3 * size
         if size == 4 and word[2] & F_VM and v.cpl == 0 and not v.efer & EFER_LMA:
             return iret_to_vm(v, word[0], word[1], word[2], sp)
         outer = word[1] & 3 > v.cpl
@@ -467,12 +481,6 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
     if r != R_OK:
         return r
     if outer:
-        if not is64(v):
-            for k in range(3, 5):
-                word[k] = 0
-                r = pop_from(v, &sp, &word[k], size)
-                if r != R_OK:
-                    return r
         long_target = v.efer & EFER_LMA and desc_long(d)
         r = check_return_ss(v, <uint32_t>word[4] & 0xFFFF, rpl, long_target and rpl != 3, &ss)
         if r != R_OK:

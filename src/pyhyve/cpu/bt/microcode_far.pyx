@@ -206,13 +206,18 @@ cdef int far_return(Vcpu* v, Insn* i) noexcept nogil:
     cdef uint32_t rpl
     cdef int r
     offset = selector = new_sp = new_ss = d = ss = 0
-    r = pop_from(v, &sp, &offset, size)
+    # as AMD's processors have it: the selectors first, all that is there to load before any check
+    r = pop_slot(v, sp, 1, &selector, size)
     if r == R_OK:
-        r = pop_from(v, &sp, &selector, size)
+        r = pop_slot(v, sp, 0, &offset, size)
+    sp += 2 * size + extra
+    if r == R_OK and protected(v) and selector & 3 != v.cpl:
+        r = pop_slot(v, sp, 1, &new_ss, size)
+        if r == R_OK:
+            r = pop_slot(v, sp, 0, &new_sp, size)
     if r != R_OK:
         return r
     selector &= 0xFFFF
-    sp += extra
     if not protected(v):
         if offset > v.seg[SEG_CS].limit:
             return gp0(v)
@@ -231,12 +236,8 @@ cdef int far_return(Vcpu* v, Insn* i) noexcept nogil:
         set_segment(v, SEG_CS, <uint32_t>selector, d)
         v.rip = offset
         return R_OK
-    r = pop_from(v, &sp, &new_sp, size)
-    if r == R_OK:
-        r = pop_from(v, &sp, &new_ss, size)
-    if r == R_OK:
-        new_ss &= 0xFFFF
-        r = check_return_ss(v, <uint32_t>new_ss, rpl, v.efer & EFER_LMA and desc_long(d) and rpl != 3, &ss)
+    new_ss &= 0xFFFF
+    r = check_return_ss(v, <uint32_t>new_ss, rpl, v.efer & EFER_LMA and desc_long(d) and rpl != 3, &ss)
     if r != R_OK:
         return r
     set_segment(v, SEG_CS, <uint32_t>selector, d)

@@ -307,3 +307,9 @@ cdef inline int pop_from(Vcpu* v, uint64_t* sp, void* out, uint32_t size) noexce
         if r == R_OK:
             sp[0] = (sp[0] + size) & sp_mask(v)
     return r
+
+cdef inline int pop_slot(Vcpu* v, uint64_t sp, uint32_t slot, uint64_t* out, uint32_t size) noexcept nogil:
+    """Read the word `slot` words above the top of the stack."""
+    cdef uint64_t at = sp + slot * size
+    out[0] = 0
+    return pop_from(v, &at, out, size)
