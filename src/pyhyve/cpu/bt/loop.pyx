@@ -138,8 +138,7 @@ cdef uint64_t _h_miss(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
     if m.bank > 3 and segment_check(v, &lin, m.bank, 0, width, access) != R_OK:
-        v.leave_reason = LEAVE_SINGLE if group else LEAVE_FAULT
-        return 0
+        return _leave_access(v, R_FAULT, group, lin, width, access)
     if data_watched(v, lin, width, access):
         return _leave_access(v, R_SLOW, group, lin, width, access)
     if (lin & 0xFFF) + width > 0x1000:
@@ -184,8 +183,7 @@ cdef uint64_t _h_slow(Vcpu* v, uint64_t lin, MissMeta* m) noexcept nogil:
     v.rip = m.rip
     v.tmp2 = <uint64_t>m + <uint64_t><int64_t>m.resume
     if m.bank > 3 and segment_check(v, &lin, m.bank, 0, m.width, m.access) != R_OK:
-        v.leave_reason = LEAVE_FAULT
-        return 0
+        return _leave_access(v, R_FAULT, 0, lin, m.width, m.access)
     if (lin & 0xFFF) + m.width > 0x1000:
         hva = _two_pages(v, lin, m.width, m.access, bank, 1, &r)
     else:
