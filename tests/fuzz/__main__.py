@@ -34,7 +34,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from guest import Machine
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of what a seed means: another number begins again."""
 
 HUNG: Final = 60.0

@@ -36,6 +36,31 @@ GDT_ENTRIES: Final = (
 )  # fmt: skip
 NX: Final = 1 << 63
 
+# Segments of the local descriptor table, on both sides: base, limit, attributes.
+LDT_SEGMENTS: Final = (
+    (_fuzz.CODE, 0xFFFF, 0x00FB),                    # 16-bit code
+    (_fuzz.DATA, 0xFFFF, 0x00F3),                    # data, a 16-bit stack
+    (_fuzz.DATA + 0x1000, 0x6FFF, 0x00F3),           # data, a part of the pages
+    (_fuzz.DATA, 0x0FFF, 0x00F7),                    # data that expands down: from 1000H on
+    (_fuzz.DATA, 0xFFFF, 0x00F1),                    # data that is read-only
+    (_fuzz.DATA, 0xFFFF, 0x40F3),                    # a 32-bit stack
+    (_fuzz.DATA - 0x8000, 0xFFFE, 0x40F7),           # data that expands down, to 4 GiB
+)  # fmt: skip
+CODE16, DATA16, PART16, DOWN16, READ16, STACK32, DOWN32 = (n << 3 | 7 for n in range(len(LDT_SEGMENTS)))
+SEGMENTS: Final = {
+    0: Segment(0, 0, 0, 0x10000), UCODE32: Segment(UCODE32, 0, 0xFFFFFFFF, 0xC0FB),
+    UCODE64: Segment(UCODE64, 0, 0xFFFFFFFF, 0xA0FB), UDATA: Segment(UDATA, 0, 0xFFFFFFFF, 0xC0F3),
+} | {n << 3 | 7: Segment(n << 3 | 7, *segment) for n, segment in enumerate(LDT_SEGMENTS)}  # fmt: skip
+
+FLAT64: Final = (UDATA, UCODE64, UDATA, UDATA, 0, 0)
+FLAT32: Final = (UDATA, UCODE32, UDATA, UDATA, UDATA, UDATA)
+
+
+def descriptor(base: int, limit: int, attributes: int) -> int:
+    """As the descriptor table has it; the limit counts bytes."""
+    low = limit & 0xFFFF | (base & 0xFFFFFF) << 16 | (attributes & 0xFF) << 40
+    return low | (limit >> 16) << 48 | (attributes >> 12) << 52 | (base >> 24 & 0xFF) << 56
+
 
 def code_present(page: int) -> bool:
     """Of the pages of code, every fourth is absent, but for the last of each 64 KiB (which ends 16-bit code)."""
@@ -44,12 +69,19 @@ def code_present(page: int) -> bool:
 
 @dataclass(frozen=True)
 class Setup:
-    """A kind of code, and how often operands lie where they fault (percent) and encodings are undefined (percent)."""
+    """A kind of code, and how often (in percent) operands lie where they fault and encodings are undefined."""
 
     bits: int
     faults: int
     invalid: int
-    code_base: int = 0
+    segments: tuple[int, ...]
+    """Selectors of ES CS SS DS FS GS."""
+    align: int = 0
+    """Percent of runs that ask for #AC."""
+
+    @property
+    def code_base(self) -> int:
+        return SEGMENTS[self.segments[1]].base
 
 
 class Machine:
@@ -90,7 +122,7 @@ class Machine:
         self._ends()
         self.vcpu.set_table("gdtr", KERNEL + GDT, 127)
         self.vcpu.set_table("idtr", KERNEL + IDT, 4095)
-        self.vcpu.set_segment("ldtr", Segment(0, 0, 0, 0x10082))
+        self.vcpu.set_segment("ldtr", Segment(0x50, KERNEL + LDT, 8 * len(LDT_SEGMENTS) - 1, 0x82))
         self.vcpu.set_segment("tr", Segment(0x40, KERNEL + TSS, 0x67, 0x8B))
         self.vcpu.set("cr0", 0x8005_0033)
         self.vcpu.set("cr3", PML4)
@@ -143,6 +175,7 @@ class Machine:
         self._put(GDT, *GDT_ENTRIES, low, tss >> 32)
         # 78: the number of the CPU, for LSL; it is a data segment
         self._put(GDT + 0x78, 0x0040_F500_0000_0000 | min(os.sched_getaffinity(0)))
+        self._put(LDT, *(descriptor(*segment) for segment in LDT_SEGMENTS))
         self._put(TSS + 4, KERNEL + STACK_TOP)
         self._put(TSS + 0x60, 0x68 << 48)
         for vector in range(256):
@@ -154,6 +187,10 @@ class Machine:
     def _ends(self) -> None:
         """Where a sequence may end early: a RET, or a jump through memory."""
         fuzzer = self.fuzzer
+        for n, (base, limit, attributes) in enumerate(LDT_SEGMENTS):
+            kind = attributes >> 2 & 3
+            writable = attributes >> 1 & 1
+            fuzzer.ldt(n, base, limit, attributes >> 14 & 1 | kind << 1 | (writable ^ 1) << 3)
         amd = _fuzz.cpuid(0, 0)[1] == 0x6874_7541
         vmcall = b"\x0f\x01" + (b"\xd9" if amd else b"\xc1")
         far = b"\xea" + struct.pack("<IH", _fuzz.BACK_END, UCODE64)
@@ -198,29 +235,30 @@ class Machine:
             return
         self.entered = setup
         self.bits = chosen.bits
-        flat = Segment(UDATA, 0, 0xFFFFFFFF, 0xC0F3)
-        null = Segment(0, 0, 0, 0x10000)
-        code = UCODE64 if chosen.bits == 64 else UCODE32
-        self.vcpu.set_segment("cs", Segment(code, 0, 0xFFFFFFFF, 0xA0FB if chosen.bits == 64 else 0xC0FB))
-        for name in ("ss", "ds", "es"):
-            self.vcpu.set_segment(name, flat)
-        for name in ("fs", "gs"):
-            self.vcpu.set_segment(name, null if chosen.bits == 64 else flat)
-        other = 0 if chosen.bits == 64 else UDATA
-        width = 1 << (64 if chosen.bits == 64 else 32)
-        fs, gs = _fuzz.DATA + 0x1230, (_fuzz.DATA - 0x7FFF_F000) % width
-        bases = (0,) * 6 if chosen.bits == 64 else (0, 0, 0, 0, fs, gs)
+        names = ("es", "cs", "ss", "ds", "fs", "gs")
+        for name, selector in zip(names, chosen.segments, strict=True):
+            self.vcpu.set_segment(name, SEGMENTS[selector])
+        bases = [SEGMENTS[selector].base for selector in chosen.segments]
+        if chosen.bits == 64 or chosen.segments[4] == UDATA:
+            # FS and GS flat or null: bases of their own
+            bases[4:] = _fuzz.DATA + 0x1230, (_fuzz.DATA - 0x7FFF_F000) % (1 << (64 if chosen.bits == 64 else 32))
+        fs, gs = bases[4:]
+        if chosen.bits == 64:
+            bases[4:] = 0, 0
         self.fuzzer.configure(
-            chosen.bits, (UDATA, code, UDATA, UDATA, other, other), code, chosen.code_base, bases, fs, gs,
+            chosen.bits, chosen.segments, chosen.segments[1], chosen.code_base, bases, fs, gs,
             undefined=undefined.table(chosen.bits), faults=chosen.faults, invalid=chosen.invalid,
-            evex=bool(self.xcr0 & 0xE0),
+            align=chosen.align, evex=bool(self.xcr0 & 0xE0),
         )  # fmt: skip
 
     SETUPS: ClassVar[Mapping[str, Setup]] = {
-        "64": Setup(64, faults=0, invalid=0),
-        "64-faults": Setup(64, faults=8, invalid=20),
-        "32": Setup(32, faults=0, invalid=0),
-        "32-faults": Setup(32, faults=8, invalid=20),
+        "64": Setup(64, 0, 0, FLAT64),
+        "64-faults": Setup(64, 8, 20, FLAT64),
+        "32": Setup(32, 0, 0, FLAT32),
+        "32-faults": Setup(32, 8, 20, FLAT32),
+        "32-segments": Setup(32, 8, 20, (PART16, UCODE32, STACK32, DATA16, DOWN32, READ16)),
+        "16": Setup(16, 0, 0, (DATA16, CODE16, DATA16, DATA16, DATA16, DATA16)),
+        "16-faults": Setup(16, 8, 20, (PART16, CODE16, DATA16, DATA16, DOWN16, READ16)),
     }
 
 

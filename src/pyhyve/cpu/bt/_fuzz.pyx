@@ -228,7 +228,8 @@ cdef class Fuzzer:
         return NULL
 
     def configure(self, int bits, selectors, int cs, uint64_t cs_base, seg_base, uint64_t fs_base, uint64_t gs_base, *,
-                  undefined, evex=False, max_insns=6, faults=6, invalid=10, branches=True):
+                  undefined, evex=False, max_insns=6, faults=6, invalid=10,
+                  align=0, branches=True):
         """How the following batches are made and run. The vCPU's segments are taken as they are now."""
         cdef int n
         self.keep = <bytes>undefined
@@ -245,6 +246,7 @@ cdef class Fuzzer:
         self.settings.max_insns = max_insns
         self.settings.faults = faults
         self.settings.invalid = invalid
+        self.settings.align = align
         self.settings.branches = branches
         self.settings.fs_base = fs_base
         self.settings.gs_base = gs_base
@@ -385,6 +387,13 @@ cdef class Fuzzer:
                     p = self._guest_at(at)
                     p[0] = (<uint8_t*>at)[0] = 0
 
+    cdef bint _strays(self, Seq* s, State* native, State* guest) noexcept nogil:
+        """A random word may lead 16-bit code to any other sequence, whose end is not the same on both sides."""
+        if guest.vector == NONE:
+            return guest.rip > 1 and (native.vector != NONE or native.rip == 0)
+        return guest.rip + self.cs_base - s.at > s.length and (
+            native.rip == 0 if native.vector == NONE else native.rip + self.cs_base - s.at > s.length)
+
     cdef uint32_t _compare(self, Seq* s, State* a, State* b) noexcept nogil:
         cdef uint32_t what = 0
         cdef uint32_t undefined
@@ -393,8 +402,11 @@ cdef class Fuzzer:
         cdef int n
         cdef uint64_t different = 0
         cdef uint8_t* x = <uint8_t*>FZ_XS_OUT
-        if a.vector != NONE and a.rip - FUZZ_END < 4096 or b.vector != NONE and b.rip - FUZZ_END < 4096:
+        cdef uint64_t end = FUZZ_END if self.bits != 16 else FUZZ_END16
+        if a.vector != NONE and a.rip - end < 4096 or b.vector != NONE and b.rip - end < 4096:
             return 0                              # amid the common end, which is not the same on both sides
+        if self.bits == 16 and self._strays(s, a, b):
+            return 0
         for n in range(16 if self.bits == 64 else 8):
             different |= (a.gpr[n] ^ b.gpr[n]) & mask
         if different:
@@ -558,6 +570,8 @@ cdef class Fuzzer:
             t.flags |= 0x400
         if rng_below(r, 8) == 0:
             t.flags |= 0x200000
+        if chance(r, self.settings.align):
+            t.flags |= 0x40000
         t.rip = s.at
         t.fs_base = self.settings.fs_base if self.bits == 64 else self.settings.seg_base[SEG_FS]
         t.gs_base = self.settings.gs_base if self.bits == 64 else self.settings.seg_base[SEG_GS]
@@ -640,16 +654,18 @@ cdef class Fuzzer:
             self._batch(&r, sequences, states)
         return self.n_found
 
-    cdef void _layout(self, Rng* r, int sequences) noexcept nogil:
+    cdef int _layout(self, Rng* r, int sequences) noexcept nogil:
+        """Make sequences; return how many there was room for."""
         cdef uint64_t at, end
+        cdef uint32_t page_ends = 12 if self.bits != 16 else 48
         cdef int n
         if self.bits == 16:
-            at = self.cs_base + rng_below(r, 4) * 4096
+            at = self.cs_base + rng_below(r, 2) * 4096
         else:
             at = FUZZ_CODE + rng_below(r, 128) * 4096
         for n in range(sequences):
             at += rng_below(r, 24)
-            if rng_below(r, 12) == 0:
+            if rng_below(r, page_ends) == 0:
                 # at the end of a page; every fourth is followed by one that is absent
                 end = at
                 at = (at | 0xFFF) - rng_below(r, 20)
@@ -657,11 +673,12 @@ cdef class Fuzzer:
                     at = end
             while self._guest_at(at) == NULL:
                 at = (at | 0xFFF) + 1
-            if self.bits == 16 and at - self.cs_base > 0xE000:
-                at = self.cs_base
+            if self.bits == 16 and at - self.cs_base > FUZZ_END16 - MAX_SEQ_BYTES - 16:
+                return n
             make_seq(&self.seqs[n], &self.settings, r, at)
             self._place(&self.seqs[n])
             at += self.seqs[n].length + 10
+        return sequences
 
     cdef void _batch(self, Rng* r, int sequences, int states) noexcept nogil:
         cdef int n, k
@@ -670,8 +687,7 @@ cdef class Fuzzer:
         cdef State start, native, guest
         cdef uint32_t* c
         cache_reset(<Cache*>self.v.cache)
-        self._layout(r, sequences)
-        for n in range(sequences):
+        for n in range(self._layout(r, sequences)):
             s = &self.seqs[n]
             for k in range(states):
                 self.progress[0] = n * 256 + k

@@ -14,7 +14,7 @@ cdef enum:
     FUZZ_DATA = 0x30800000
     FUZZ_DATA_PAGES = 16
     FUZZ_SIZE = 0x1000000
-    FUZZ_END16 = 0xFFE0             # the common end, in each 64 KiB of code that 16-bit segments have
+    FUZZ_END16 = 0xF0F0             # the common end in each 64 KiB of 16-bit code: two equal bytes, for odd stacks
 
     # What a page of data is.
     PAGE_ABSENT = 0
@@ -79,12 +79,12 @@ cdef struct Settings:
     int max_insns
     int faults                      # percent of operands in places that may fault
     int invalid                     # percent of undefined encodings that are kept
+    int align                       # percent of runs that ask for #AC
     int branches                    # 1: branches too
     const uint8_t* undefined        # undefined.table() of tests/fuzz
     uint64_t fs_base
     uint64_t gs_base
-    uint64_t seg_base[6]            # 16-bit code: bases of ES CS SS DS FS GS
-    uint64_t seg_limit[6]
+    uint64_t seg_base[6]            # but in 64-bit code: bases of ES CS SS DS FS GS
 
 cdef int page_kind(int page) noexcept nogil
 # Why an instruction is not compared: 0, or one of the reasons in _fuzzgen.pyx.

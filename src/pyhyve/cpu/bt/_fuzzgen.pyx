@@ -348,6 +348,8 @@ cdef bint _prepare(Seq* s, Settings* f, Rng* r, uint8_t* code, Insn* i, int* bra
     branch[0] = 0
     if i.cls == C_INVALID:
         return True
+    if f.mode == 16 and (i.seg == SEG_CS or i.map == 0 and op == 0x0E):
+        return False                             # reads of code, which is not the same on both sides; PUSH CS
     if i.cls == C_SYSTEM and (i.base == RSP or i.base == i.index) and (i.map == 1 and op == 0xAE or i.map == 0 and 0xD8 <= op <= 0xDF):
         return False                             # where it stores must be known
     if i.attr & A_MEM and not (i.attr & A_NO_ACCESS):
@@ -540,6 +542,8 @@ cdef void make_seq(Seq* s, Settings* f, Rng* r, uint64_t at) noexcept nogil:
         s.init[RSP] += 0x1000 - <uint64_t>rng_below(r, 32) if f.faults else 0
     else:
         s.init[RSP] += <uint64_t>rng_below(r, 32) - 0x1000 if f.faults else 0
+    if f.mode == 16 and chance(r, 30):
+        s.init[RSP] |= rng_next(r) & 0xFFFF0000ULL
     s.value[RSP] = s.init[RSP]
     while made < want and _room(s) and tries < 400:
         tries += 1
