@@ -863,3 +863,34 @@ def test_x2apic_registers_fault_on_reserved_bits_whoever_carries_them_out(guest:
     assert ran.numbers == [1 << 0x11]
     assert ran.fault is not None
     assert (ran.fault.vector, ran.fault.error) == (GP, 0)
+
+
+def test_interrupts_come_between_instructions_that_the_processor_carries_out_for_the_monitor(guest: Run) -> None:
+    ran = guest(
+        LOCAL_APIC
+        + f"""
+        mov dword ptr [rbx + 0x3e0], 0xb
+        mov dword ptr [rbx + 0x320], 0x20061        # periodic, 50 us
+        mov dword ptr [rbx + 0x380], 50000
+        mov esi, {layout.HPET_BASE:#x}
+        mov ebp, 2000
+        xor r13d, r13d
+        sti
+1:      movups xmm0, [rsi]
+        movq rax, xmm0
+        cmp eax, [rsi]
+        jne 2f
+        inc r13d
+2:      dec ebp
+        jnz 1b
+        cli
+        mov rax, r13
+        call print
+        cmp r12, 10
+        setae al
+        movzx eax, al
+        call print
+        {_LOCAL_APIC_HANDLER}
+        """
+    )
+    assert ran.numbers == [2000, 1]

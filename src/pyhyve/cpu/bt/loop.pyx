@@ -350,7 +350,7 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
     cdef int r
     set_in_guest(&c.inbox, 1)
     inbox_process(c)
-    if c.apic.direct:
+    if c.apic.direct and not v.debug & WATCH_STEP:
         direct_enter(c)
         r = X_HLT
         if not c.apic.resting or direct_rest(v, c):
@@ -361,6 +361,7 @@ cdef int loop_run(Vcpu* v) noexcept nogil:
                     break
         direct_leave(c)
     else:
+        v.window = <uint8_t>c.apic.monitor_window
         r = _loop(v)
     set_in_guest(&c.inbox, 0)
     return r
@@ -414,8 +415,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
                 return X_EXTERNAL_INTERRUPT
             if c.apic.asked:
                 c.apic.asked = 0
-                v.exit.reason = X_INTERRUPT_WINDOW
-                return X_INTERRUPT_WINDOW
+                if c.apic.running:
+                    v.exit.reason = X_INTERRUPT_WINDOW
+                    return X_INTERRUPT_WINDOW
         if not v.shadow:
             if v.window and v.iflag:
                 v.exit.reason = X_INTERRUPT_WINDOW
