@@ -91,7 +91,8 @@ cdef struct Cache:
     uint8_t* enter
     uint8_t* leave
     uint8_t* leave_tail
-    uint8_t* ibt_miss
+    uint8_t* ibt_miss[BANKS]     # not in the first way
+    uint8_t* ibt_none            # nor in the second
     uint8_t* miss
     uint8_t* micro
     uint8_t* micro_end
@@ -123,6 +124,8 @@ cdef bint code_overlaps(Vcpu* v, uint64_t hva, uint32_t length) noexcept nogil
 cdef void ibt_flush(Vcpu* v, int keep_global) noexcept nogil
 cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil
 cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil
+# The block at RIP if the table has it, else NULL.
+cdef Block* ibt_get(Vcpu* v, uint64_t mode) noexcept nogil
 cdef Block* block_find(Cache* c, uint64_t hva, uint64_t rip, uint64_t mode) noexcept nogil
 cdef Block* block_new(Cache* c) noexcept nogil
 # Enter a finished block in the tables, protect its pages here and in the other vCPUs. False: no room in the tables.

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.shared cimport *
 from pyhyve.cpu.bt.state cimport (
-    BANK_USER, BANKS, IBT_ENTRIES, TLB_ENTRIES, WAY_ENTRIES, Vcpu, tlb_invalid,
+    BANK_USER, BANKS, IBT_ENTRIES, IBT_NOTED, IBT_SECOND, TLB_ENTRIES, WAY_ENTRIES, Vcpu, tlb_invalid,
 )
 
 
@@ -72,8 +72,7 @@ cdef void _drop_page(Vcpu* v, Cache* c, CodePage* p) noexcept nogil:
         following = b.page2_next if b.straddle and b.hva2 == p.hva else b.page_next
         if b.mode != ~<uint64_t>0:
             _unhash(c, b)
-            if v.ibt[b.ibt_slot] == <uint64_t>b.entry_ind:
-                v.ibt[b.ibt_slot] = <uint64_t>c.ibt_miss
+            _ibt_drop(v, c, b)
             b.mode = ~<uint64_t>0
             v.n.blocks_dropped += 1
         b = following
@@ -155,47 +154,56 @@ cdef inline void _note_page(Vcpu* v, uint64_t lin) noexcept nogil:
     v.ibt_pages[n >> 6] |= <uint64_t>1 << (n & 63)
 
 
-cdef void _ibt_flush_all(Vcpu* v) noexcept nogil:
+cdef inline uint32_t _second_slot(Block* b) noexcept nogil:
+    return b.ibt_slot // IBT_ENTRIES * IBT_SECOND + b.ibt_slot % IBT_SECOND
+
+
+cdef void _ibt_empty(Vcpu* v, int bank) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
+    cdef uint64_t* slots = &v.ibt[bank * IBT_ENTRIES]
     cdef uint64_t i
-    cdef uint64_t miss = <uint64_t>c.ibt_miss
-    if v.n_ibt_used <= 512:
-        for i in range(v.n_ibt_used):
-            v.ibt[v.ibt_used[i]] = miss
+    cdef uint64_t miss = <uint64_t>c.ibt_miss[bank]
+    if v.n_ibt_used[bank] <= IBT_NOTED:
+        for i in range(v.n_ibt_used[bank]):
+            slots[v.ibt_used[bank * IBT_NOTED + i]] = miss
     else:
-        for i in range(BANKS * IBT_ENTRIES):
-            v.ibt[i] = miss
-    v.n_ibt_used = 0
+        for i in range(IBT_ENTRIES):
+            slots[i] = miss
+    v.n_ibt_used[bank] = 0
+    if v.n_ibt_second[bank]:
+        for i in range(IBT_SECOND):
+            v.second_entry[bank * IBT_SECOND + i] = <uint64_t>c.ibt_none
+        v.n_ibt_second[bank] = 0
+
+
+cdef void _ibt_flush_all(Vcpu* v) noexcept nogil:
+    cdef uint64_t i
+    cdef int bank
+    for bank in range(BANKS):
+        _ibt_empty(v, bank)
     v.ibt_low = 0
     for i in range(1024):
         v.ibt_pages[i] = 0
 
 
+cdef void _ibt_drop(Vcpu* v, Cache* c, Block* b) noexcept nogil:
+    cdef uint32_t second = _second_slot(b)
+    if v.ibt[b.ibt_slot] == <uint64_t>b.entry_ind:
+        v.ibt[b.ibt_slot] = <uint64_t>c.ibt_miss[b.ibt_slot // IBT_ENTRIES]
+    if v.second_entry[second] == <uint64_t>b.entry_poll:
+        v.second_entry[second] = <uint64_t>c.ibt_none
+
+
 cdef void ibt_flush(Vcpu* v, int keep_global) noexcept nogil:
     """Empty the indirect-branch table; with `keep_global` the supervisor's targets stay, if all are in the upper half of
     the address space (where what a kernel maps is global)."""
-    cdef Cache* c = <Cache*>v.cache
-    cdef uint64_t miss, i, slot
-    cdef uint64_t kept = 0
-    if c == NULL:
+    if v.cache == NULL:
         return
     v.ret_sp = v.ret_base
     if not keep_global or v.ibt_low:
         _ibt_flush_all(v)
-        return
-    miss = <uint64_t>c.ibt_miss
-    if v.n_ibt_used <= 512:
-        for i in range(v.n_ibt_used):
-            slot = v.ibt_used[i]
-            if slot // IBT_ENTRIES == BANK_USER:
-                v.ibt[slot] = miss
-            else:
-                v.ibt_used[kept] = <uint32_t>slot
-                kept += 1
-        v.n_ibt_used = kept
     else:
-        for i in range(BANK_USER * IBT_ENTRIES, (BANK_USER + 1) * IBT_ENTRIES):
-            v.ibt[i] = miss
+        _ibt_empty(v, BANK_USER)
 
 
 cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
@@ -206,14 +214,33 @@ cdef void ibt_flush_page(Vcpu* v, uint64_t lin) noexcept nogil:
     v.ret_sp = v.ret_base
 
 
+cdef Block* ibt_get(Vcpu* v, uint64_t mode) noexcept nogil:
+    cdef uint32_t slot = v.bank * IBT_ENTRIES + ibt_hash(v.rip)
+    cdef Block* b = <Block*>v.ibt_block[slot]
+    if b == NULL or v.ibt[slot] != <uint64_t>b.entry_ind or b.rip != v.rip or b.mode != mode:
+        return NULL
+    return b
+
+
 cdef void ibt_set(Vcpu* v, Block* b) noexcept nogil:
+    cdef Cache* c = <Cache*>v.cache
+    cdef uint32_t bank = b.ibt_slot // IBT_ENTRIES
+    cdef uint32_t second = _second_slot(b)
+    cdef Block* old
     if v.ibt[b.ibt_slot] == <uint64_t>b.entry_ind:
         return
+    if v.ibt[b.ibt_slot] != <uint64_t>c.ibt_miss[bank]:
+        old = <Block*>v.ibt_block[b.ibt_slot]
+        v.second_rip[second] = old.rip
+        v.second_entry[second] = <uint64_t>old.entry_poll
+        v.n_ibt_second[bank] += 1
+    elif v.n_ibt_used[bank] < IBT_NOTED:
+        v.ibt_used[bank * IBT_NOTED + v.n_ibt_used[bank]] = <uint16_t>(b.ibt_slot % IBT_ENTRIES)
+        v.n_ibt_used[bank] += 1
+    else:
+        v.n_ibt_used[bank] = IBT_NOTED + 1
     v.ibt[b.ibt_slot] = <uint64_t>b.entry_ind
-    if v.n_ibt_used < 512:
-        v.ibt_used[v.n_ibt_used] = b.ibt_slot
-    if v.n_ibt_used < 100000:
-        v.n_ibt_used += 1
+    v.ibt_block[b.ibt_slot] = b
     if not b.rip >> 63 and b.ibt_slot // IBT_ENTRIES != BANK_USER:
         v.ibt_low = 1
     _note_page(v, b.rip + (b.mode >> MODE_CSBASE_SHIFT & <uint64_t>0xFFFFFFFF))
@@ -353,7 +380,9 @@ cdef void cache_reset(Cache* c) noexcept nogil:
     c.vcpu.drop_gen += 1
     c.vcpu.n.cache_flushes += 1
     shared_leave_all(c.shared, c.me)
-    c.vcpu.n_ibt_used = BANKS * IBT_ENTRIES     # every slot, the first time too
+    for i in range(BANKS):                       # every slot, the first time too
+        c.vcpu.n_ibt_used[i] = IBT_NOTED + 1
+        c.vcpu.n_ibt_second[i] = 1
     _ibt_flush_all(c.vcpu)
 
 

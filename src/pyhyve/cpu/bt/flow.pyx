@@ -94,6 +94,10 @@ cdef bint emit_stack(T* t, int n, int* took) noexcept nogil:
     if is_pop_reg(i):
         took[0] = _pops(t, n)
         return True
+    if i.map == 0 and i.opcode == 0x5C and i.rm == RSP:
+        stack_operand(t, n, RSP, 0, ACCESS_READ, 8, t.live[n])
+        at_op(t, 0x8B, H_GSP, 0)
+        return True
     if i.map == 0 and (i.opcode == 0x68 or i.opcode == 0x6A):
         stack_operand(t, n, RSP, -8, ACCESS_WRITE, 8, t.live[n])
         _store_imm64(t, <uint64_t>i.imm)

@@ -455,7 +455,12 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             link = NULL
         v.mode_key = mode
         dropped = v.drop_gen
-        r = _block(v, c, mode | MODE_SLOW if slow else mode | single, &b)
+        r = R_OK
+        b = NULL
+        if not slow and not single and link == NULL:
+            b = ibt_get(v, mode)
+        if b == NULL:
+            r = _block(v, c, mode | MODE_SLOW if slow else mode | single, &b)
         if r == R_SLOW:
             link = NULL
             continue

@@ -437,7 +437,8 @@ cdef class BtVcpu:
         self.v.maxphyaddr = 46
         self.v.features = feature_mask(())
         self.v.tlb_mask = (TLB_ENTRIES - 1) << 12
-        self.v.ibt_mask = 0x1FFF
+        self.v.ibt_mask = IBT_ENTRIES - 1
+        self.v.second_mask = IBT_SECOND - 1
         self.v.page_mask = ~<uint64_t>0xFFF
         self.v.bit_mask[0] = 63
         self.v.bit_mask[1] = 31

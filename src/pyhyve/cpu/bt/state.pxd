@@ -19,6 +19,8 @@ cdef enum:
     SECOND_HITS = 16
     IBT_BITS = 13
     IBT_ENTRIES = 8192
+    IBT_SECOND = 1024       # entries of a bank's second way
+    IBT_NOTED = 1024        # slots written since the last flush that are noted one by one
     FETCH_ENTRIES = 512
 
     # Access kinds, as the MMU takes them.
@@ -219,6 +221,7 @@ cdef struct Vcpu:
     uint64_t ret_sp              # generated code's RSP while out of it: the return stack (thunks.pyx)
     uint64_t ret_base            # its end: there stands where a RET goes that has no CALL
     uint64_t ibt_mask            # PEXT masks
+    uint64_t second_mask
     uint64_t tlb_mask
     uint64_t page_mask           # ~0xfff
     uint64_t bit_mask[3]         # 63, 31, 15: PEXT masks of bit offsets
@@ -292,8 +295,9 @@ cdef struct Vcpu:
     void* cache                  # the code cache (codecache.pyx)
     uint64_t mode_key            # of the blocks that may run now
     uint64_t ibt_mode            # the mode (without the bits that choose a bank) for which ibt[] is filled
-    uint64_t n_ibt_used          # slots written since the last flush (used[] holds the first 512)
-    uint32_t ibt_used[512]
+    uint64_t n_ibt_used[BANKS]   # slots written since the last flush
+    uint64_t n_ibt_second[BANKS]
+    uint16_t ibt_used[BANKS * IBT_NOTED]
     uint64_t ibt_low             # the supervisor's table has a target in the lower half
     uint64_t ibt_pages[1024]     # bit (lin >> 12) & 0xffff: the table may have targets in such a page
     uint64_t drop_gen            # counts dropped blocks' pages: a helper sees whether the running block may be gone
@@ -306,6 +310,9 @@ cdef struct Vcpu:
     uint64_t ept_cache_val[256]  # host address of the page | permission bits 0-2
     FetchEntry fetch[FETCH_ENTRIES]
     uint64_t ibt[BANKS * IBT_ENTRIES]     # host code addresses by linear target
+    void* ibt_block[BANKS * IBT_ENTRIES]  # whose they are
+    uint64_t second_rip[BANKS * IBT_SECOND]      # what other targets of the same slot pushed out: its RIP
+    uint64_t second_entry[BANKS * IBT_SECOND]    # and its host code
     uint64_t second_left         # hits in the second way until one is promoted
     uint64_t second_noted[96]    # mmu.pyx: which entries of the second way were filled
     TlbEntry tlb[2 * WAY_ENTRIES]         # second half: the second way, for what the first one's entries push out

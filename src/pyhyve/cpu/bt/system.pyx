@@ -7,7 +7,7 @@ from pyhyve.cpu.bt.codecache cimport MODE_TSD
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.state cimport Vcpu
+from pyhyve.cpu.bt.state cimport SEG_GS, Vcpu
 
 
 cdef bint emit_system(T* t, int n) noexcept nogil:
@@ -33,6 +33,15 @@ cdef bint emit_system(T* t, int n) noexcept nogil:
             t.next_poll = n + 1
             return True
         return False
+    if i.map == 0 and i.opcode == 0x8C and i.mod == 3 and i.opsize != 2 and not special(i.rm) and (i.reg & 7) <= SEG_GS:
+        op_gs(e, 0x8B, host_of(i.rm), OFF(&(<Vcpu*>NULL).seg[i.reg & 7].selector), 0)
+        return True
+    if i.map == 1 and i.opcode == 0x01 and i.modrm == 0xF8 and t.size == 64 and t.cpl == 0:      # SWAPGS
+        ld_gs(e, H_T0, OFF(&(<Vcpu*>NULL).kernel_gs_base))
+        ld_gs(e, H_T1, o_segbase(SEG_GS))
+        st_gs(e, H_T0, o_segbase(SEG_GS))
+        st_gs(e, H_T1, OFF(&(<Vcpu*>NULL).kernel_gs_base))
+        return True
     if i.map == 1 and i.opcode == 0x31 and not t.mode & MODE_TSD:    # RDTSC
         e2(e, 0x0F, 0x31)
         # r10 = rdx << 32 (rorx), rax = rax + r10 + offset

@@ -1,12 +1,12 @@
 # cython: language_level=3
 """See thunks.pxd. A thunk saves the guest's registers to the vCPU structure, calls or leaves, and loads them again."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from pyhyve.cpu.bt.codecache cimport Cache
 from pyhyve.cpu.bt.context cimport OFF, o_gpr, o_ibt, o_rip
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.state cimport BANKS, IBT_ENTRIES, R10, R11, RAX, RSP, Vcpu
+from pyhyve.cpu.bt.state cimport BANKS, IBT_ENTRIES, IBT_SECOND, R10, R11, RAX, RSP, Vcpu
 
 
 cdef void _save_all(Emit* e) noexcept nogil:
@@ -83,16 +83,45 @@ cdef uint8_t* _helper_thunk(Cache* c, Emit* e, void* function, int lin, int relo
     return at
 
 
-cdef void ibt_r10(Emit* e, int bank) noexcept nogil:
+cdef void _hash_r10(Emit* e, int32_t mask) noexcept nogil:
+    """r11 = CRC32 of r10 & the field: a hash that leaves flags alone"""
     mov_imm(e, H_T1, 0)
-    e2(e, 0xF2, 0x4D)                            # crc32 r11, r10: a hash that leaves flags alone
+    e2(e, 0xF2, 0x4D)                            # crc32 r11, r10
     e3(e, 0x0F, 0x38, 0xF1)
     e1(e, 0xDA)
-    pext_gs(e, H_T1, H_T1, OFF(&(<Vcpu*>NULL).ibt_mask))
+    pext_gs(e, H_T1, H_T1, mask)
+
+
+cdef void ibt_r10(Emit* e, int bank) noexcept nogil:
+    _hash_r10(e, OFF(&(<Vcpu*>NULL).ibt_mask))
     e1(e, 0x65)                                  # jmp gs:[r11 * 8 + table]
     e2(e, 0x42, 0xFF)
     e2(e, 0x24, 0xDD)
     e32(e, <uint32_t>(o_ibt() + bank * IBT_ENTRIES * 8))
+
+
+cdef uint8_t* _second_way(Cache* c, Emit* e, int bank) noexcept nogil:
+    """Look r10 up in the second way, which keeps the targets' RIPs beside their code."""
+    cdef uint8_t* at
+    _align(e, 16)
+    at = e.p + e.delta
+    st_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
+    _hash_r10(e, OFF(&(<Vcpu*>NULL).second_mask))
+    e1(e, 0x65)                                  # mov rcx, gs:[r11 * 8 + rip]
+    e2(e, 0x4A, 0x8B)
+    e2(e, 0x0C, 0xDD)
+    e32(e, <uint32_t>(OFF(&(<Vcpu*>NULL).second_rip[0]) + bank * IBT_SECOND * 8))
+    e3(e, 0x48, 0xF7, 0xD1)                      # not rcx
+    lea_sib(e, H_RCX, H_RCX, H_T0, 0, 1, 1)
+    e2(e, 0xE3, 12)                              # jrcxz over the next two
+    ld_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
+    jmp_rx(e, c.ibt_none)
+    ld_gs(e, H_RCX, OFF(&(<Vcpu*>NULL).save_rcx))
+    e1(e, 0x65)                                  # jmp gs:[r11 * 8 + entry]
+    e2(e, 0x42, 0xFF)
+    e2(e, 0x24, 0xDD)
+    e32(e, <uint32_t>(OFF(&(<Vcpu*>NULL).second_entry[0]) + bank * IBT_SECOND * 8))
+    return at
 
 
 cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss_fn commit,
@@ -131,9 +160,11 @@ cdef void make_thunks(Cache* c, miss_fn miss, miss_fn masked, miss_fn slow, miss
     e1(&e, 0xC3)
     # a target that the table does not have: r10 = guest RIP
     _align(&e, 16)
-    c.ibt_miss = e.p + e.delta
+    c.ibt_none = e.p + e.delta
     mov_imm(&e, H_T1, LEAVE_BRANCH)
     jmp_rx(&e, c.leave)
+    for i in range(BANKS):
+        c.ibt_miss[i] = _second_way(c, &e, i)
     for i in range(BANKS):
         # RET found the return stack's end: all forgotten, to where r10 says
         _align(&e, 16)

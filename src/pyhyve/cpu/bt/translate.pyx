@@ -94,7 +94,7 @@ cdef void _entries(T* t) noexcept nogil:
         lea_sib(e, H_RCX, H_RCX, H_T0, 0, 0, 1)
     e2(e, 0xE3, 8)                               # jrcxz over the next two
     mov_rr(e, H_RCX, H_T1)
-    jmp_rx(e, t.c.ibt_miss)
+    jmp_rx(e, t.c.ibt_miss[t.bank])
     mov_rr(e, H_RCX, H_T1)
     b.entry_poll = e.p + e.delta
     if not t.live[0]:
