@@ -12,7 +12,7 @@ from pyhyve.base.errors import UsageError
 from pyhyve.base.explanation import Explanation, Stage
 from pyhyve.vmm.diagnosis import ioapicroute, picroute
 from pyhyve.vmm.diagnosis.ioapicroute import PinState, target_stages
-from pyhyve.vmm.diagnosis.processor import MODES, Cpu, cpus, entry_stages, times
+from pyhyve.vmm.diagnosis.processor import MODES, NMI_WORDS, Cpu, cpus, entry_stages, times
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import FIXED, NMI
 from pyhyve.vmm.io.apicregs import (
@@ -129,13 +129,13 @@ def explain_nmi(snapshot: Snapshot, vcpu: int = 0) -> Explanation:
     stages.append(Stage("NMI latch", f"{state.nmis} waiting", reason, {"count": state.nmis}))
     waiting = bool(state.nmis)
     # IF has no say in NMIs, and what has is asked below.
-    stages += [stage for stage in entry_stages(cpu, "the NMI", waiting) if "RFLAGS" not in stage.name]
+    stages += [stage for stage in entry_stages(cpu, NMI_WORDS, waiting) if "RFLAGS" not in stage.name]
     blocked = waiting and not state.nmi_allowed and not state.event_pending
     reason = f"NMIs are blocked at vCPU {vcpu}: a handler of one runs until its IRET (rip {state.rip:#x})"
     stages.append(Stage("NMI blocking", "blocked" if blocked else "not blocked", reason if blocked else ""))
     count = state.nmis_delivered
     stages.append(Stage("delivered", times(count), "", {"count": count}))
-    return _conclude(subject, stages, "the NMI", count, waiting)
+    return _conclude(subject, stages, NMI_WORDS, count, waiting)
 
 
 # -- sources -----------------------------------------------------------------------------------------------------------

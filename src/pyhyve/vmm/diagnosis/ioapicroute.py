@@ -86,11 +86,13 @@ def pin_stages(snapshot: Snapshot, pin: int) -> list[Stage]:
 def target_stages(cpu: Cpu, vector: int, all_must: bool = True) -> list[Stage]:
     """From a local APIC that is to take `vector`, to the vCPU. all_must: no other would take it in its place."""
     enabled = enabled_stage(cpu)
-    if not all_must and enabled.holds:
-        # Another destination takes it.
+    waiting, next_vector = cpu.pending(vector), cpu.vcpu.next_vector
+    if enabled.holds and (not all_must or (waiting and next_vector is not None)):
+        # Another destination takes it, or it was accepted before.
         enabled = Stage(enabled.name, enabled.state, "", enabled.registers)
+    first = "" if next_vector in (None, vector) else f"vector {next_vector:#x}"
     stages = [enabled, *acceptance_stages(cpu, vector)]
-    stages += entry_stages(cpu, f"vector {vector:#x}", cpu.pending(vector) and not cpu.in_service(vector))
+    stages += entry_stages(cpu, f"vector {vector:#x}", waiting and not cpu.in_service(vector), first)
     return [*stages, delivered_stage(cpu, vector)]
 
 

@@ -7,7 +7,7 @@ from pyhyve.vmm.diagnosis.processor import MODES, Cpu, cpus, delivered_stage, en
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT
 from pyhyve.vmm.io.apicregs import LVT_LINT0, LVT_MASKED
-from pyhyve.vmm.io.vatpic import PicV1
+from pyhyve.vmm.io.vatpic import PicV1, Vatpic
 
 CASCADE: Final = 2
 INPUTS: Final = 16
@@ -44,6 +44,19 @@ def waits(snapshot: Snapshot, irq: int) -> bool:
     return snapshot.pic.output and bool(pic.request >> line & 1)
 
 
+def _first(snapshot: Snapshot, bootstrap: Cpu, vector: int) -> str:
+    """What the bootstrap processor would take before `vector`."""
+    if bootstrap.vcpu.next_vector is not None:
+        return f"vector {bootstrap.vcpu.next_vector:#x} of its local APIC"
+    if not snapshot.pic.output:
+        return ""
+    # The chip itself knows best: a copy is acknowledged.
+    copy = Vatpic(lambda level: None)
+    copy.restore(snapshot.pic)
+    chosen = copy.acknowledge()
+    return "" if chosen == vector else f"vector {chosen:#x} of the 8259s"
+
+
 def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
     """All stages of an ISA interrupt on its way through the 8259s."""
     pic, line, chip = _chip(snapshot, irq)
@@ -76,7 +89,7 @@ def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
     bootstrap = cpus(snapshot)[0]
     stages.append(_intr_stage(bootstrap, snapshot.pic.output, waiting))
     vector = pic.base | line
-    stages += entry_stages(bootstrap, f"IRQ {irq} (vector {vector:#x})", waiting)
+    stages += entry_stages(bootstrap, f"IRQ {irq} (vector {vector:#x})", waiting, _first(snapshot, bootstrap, vector))
     return [*stages, delivered_stage(bootstrap, vector)]
 
 

@@ -10,6 +10,7 @@ from pyhyve.vmm.io.vlapic import VlapicV1
 
 MODES: Final = ("fixed", "lowest priority", "SMI", "reserved", "NMI", "INIT", "start-up", "ExtINT")
 """Delivery modes, as an I/O APIC entry, an LVT entry and a message have them."""
+NMI_WORDS: Final = "the NMI"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,9 @@ def acceptance_stages(cpu: Cpu, vector: int) -> list[Stage]:
     return stages
 
 
-def entry_stages(cpu: Cpu, what: str, waiting: bool) -> list[Stage]:
-    """The vCPU itself. `what` wants in, if it is `waiting`; where nothing waits, nothing is held."""
+def entry_stages(cpu: Cpu, what: str, waiting: bool, first: str = "") -> list[Stage]:
+    """The vCPU itself. `what` wants in, if it is `waiting`; where nothing waits, nothing is held. first: what it would
+    take before that."""
     vcpu = cpu.vcpu
     stages = [_state_stage(cpu, what, waiting)]
     interrupts = "on" if vcpu.interrupts_on else "off"
@@ -127,8 +129,14 @@ def entry_stages(cpu: Cpu, what: str, waiting: bool) -> list[Stage]:
     reason = f"{cpu.label} is in the shadow of STI or MOV SS, for one instruction; {what} waits" if shadow else ""
     stages.append(Stage(f"{cpu.label} shadow", "STI or MOV SS" if shadow else "none", reason if waiting else ""))
 
-    reason = f"{cpu.label} takes another event first; {what} is next" if waiting and vcpu.event_pending else ""
-    stages.append(Stage(f"{cpu.label} entry", "an event is on its way" if vcpu.event_pending else "free", reason))
+    words = f"{first or 'nothing'} first"
+    if vcpu.event_pending:
+        words = "an event is on its way"
+        first = "the event that is on its way into its handler"
+    elif vcpu.nmis and vcpu.nmi_allowed and what != NMI_WORDS:
+        first, words = "an NMI", "an NMI first"
+    reason = f"{cpu.label} takes {first} first; {what} waits" if waiting and first else ""
+    stages.append(Stage(f"{cpu.label} entry", words, reason))
     return stages
 
 
@@ -139,6 +147,11 @@ def _state_stage(cpu: Cpu, what: str, waiting: bool) -> Stage:
     reason = ""
     if vcpu.state == "wait-for-sipi":
         reason = f"{cpu.label} waits for a start-up IPI: nobody has started it"
+    elif vcpu.init_pending:
+        words, reason = (
+            f"{words}, an INIT waits",
+            f"an INIT resets {cpu.label} first; {what} is lost" if waiting else "",
+        )
     elif cpu.ended:
         words, reason = f"{words}, the VM has ended", f"the VM has ended; {what} waits" if waiting else ""
     elif cpu.paused:

@@ -18,7 +18,7 @@ class VcpuSnapshot:
 
     interrupts_on: RFLAGS.IF. event_pending: an event is on its way into its handler. interruptible, nmi_allowed: what
     the processor says of external interrupts and NMIs. nmis: NMIs that wait; sipi: a start-up vector that waits, or -1.
-    delivered: external interrupts taken, by vector.
+    next_vector: what its local APIC would have it take now, or None. delivered: external interrupts taken, by vector.
     """
 
     index: int
@@ -32,6 +32,7 @@ class VcpuSnapshot:
     nmis: int
     init_pending: bool
     sipi: int
+    next_vector: int | None
     delivered: tuple[int, ...]
     nmis_delivered: int
 
@@ -70,8 +71,9 @@ def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) 
             return Snapshot(
                 paused=paused,
                 ended=vm.state is State.STOPPED,
-                vcpus=tuple(_vcpu(vcpu) for vcpu in vm.vcpus),
+                # First, because it lets each local APIC know of its processor's CR8.
                 vlapics=tuple(_vlapic(vcpu) for vcpu in vm.vcpus),
+                vcpus=tuple(_vcpu(vcpu) for vcpu in vm.vcpus),
                 ioapic=ioapic,
                 active=tuple(vioapic.active(pin) for pin in range(vioapic.pins)),
                 targets=tuple(
@@ -109,6 +111,7 @@ def _vcpu(vcpu: Vcpu) -> VcpuSnapshot:
         nmis=waiting.nmis,
         init_pending=waiting.init,
         sipi=waiting.sipi,
+        next_vector=vcpu.vlapic.pending_vector(),
         delivered=tuple(vcpu.delivered),
         nmis_delivered=vcpu.nmis_delivered,
     )

@@ -186,7 +186,25 @@ def test_another_event_first(bench):
     bench.backends[0].inject(14, 3, 0)
     bench.route(4, VECTOR)
     bench.irq[4].set_level(True)
-    held(bench.explain(4), "vCPU 0 entry", "another event first")
+    held(bench.explain(4), "vCPU 0 entry", "takes the event that is on its way into its handler first")
+
+
+def test_higher_vector_first(bench):
+    bench.lapic(0).post(VECTOR)
+    bench.lapic(0).post(0x91)
+    held(bench.explain(vector=VECTOR), "vCPU 0 entry", "takes vector 0x91 first")
+
+
+def test_nmi_first(bench):
+    bench.lapic(0).post(VECTOR)
+    bench.vm.vcpus[0].post_nmi()
+    held(bench.explain(vector=VECTOR), "vCPU 0 entry", "takes an NMI first")
+
+
+def test_init_first(bench):
+    bench.lapic(0).post(VECTOR)
+    bench.vm.vcpus[0].post_init()
+    held(bench.explain(vector=VECTOR), "vCPU 0 state", "an INIT resets vCPU 0 first")
 
 
 def test_vcpu_that_nobody_started(make_bench):
@@ -296,6 +314,20 @@ def test_8259_elcr_is_shown(bench):
     explanation = bench.explain(11)
     held(explanation, None, "from the 8259s")
     assert any(stage.state == "level-triggered (ELCR 0x08)" for stage in explanation.stages)
+
+
+def test_8259_input_of_higher_priority_first(bench):
+    bench.set_up_pic()
+    bench.irq[4].set_level(True)
+    bench.irq[1].set_level(True)
+    held(bench.explain(4), "vCPU 0 entry", "takes vector 0x21 of the 8259s first")
+
+
+def test_local_apic_before_the_8259(bench):
+    bench.set_up_pic()
+    bench.irq[4].set_level(True)
+    bench.lapic(0).post(0x91)
+    held(bench.explain(4), "vCPU 0 entry", "takes vector 0x91 of its local APIC first")
 
 
 def test_lint0_masked(bench):
