@@ -59,6 +59,11 @@ def explanation(command: CommandLine, *question: object, held_by: str | None) ->
         time.sleep(0.1)
 
 
+def injected(command: CommandLine) -> int:
+    """How many interrupts the guest has taken."""
+    return int(json.loads(command.run("ctl", "web", "stats", "--json").stdout)["injected"])
+
+
 @pytest.fixture
 def stop(command: CommandLine) -> Iterator[list[subprocess.Popen[str]]]:
     """What is put here is ended at the end, in order."""
@@ -115,6 +120,10 @@ def test_stock_kernel(command: CommandLine, stop: list[subprocess.Popen[str]], g
         time.sleep(0.1)
     assert latency["tracing"]
     assert command.run("ctl", "web", "trace", "off").status == 0
+    before = injected(command)
+    while injected(command) <= before:
+        assert time.monotonic() < deadline, "the guest's timer has stopped with the trace"
+        time.sleep(0.2)
     assert "from source to vCPU" in command.run("ctl", "web", "latency").stdout
     assert "hlt" in vmmctl(command, "--vm=web", "--get-stats").stdout
 

@@ -185,7 +185,8 @@ def _timer_stage(cpu: Cpu, masked: bool) -> Stage:
     if timer.left is None:
         reason = "" if masked else f"{cpu.label}'s local timer ({mode}) is not armed"
         return Stage(name, f"{mode}, not armed", reason, registers)
-    return Stage(name, f"{mode}, due in {timer.left / 1000:,.1f} us", "", registers)
+    due = f"due in {timer.left / 1000:,.1f} us" if timer.left >= 0 else "due"
+    return Stage(name, f"{mode}, {due}", "", registers)
 
 
 def _message_stages(snapshot: Snapshot, vector: int) -> list[Stage]:

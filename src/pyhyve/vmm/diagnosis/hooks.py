@@ -4,36 +4,31 @@ While nothing is traced, the chips run the code that they would run without this
 and nothing to pay. An object may change its class because the new one adds methods only.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
 
 from pyhyve.vmm.diagnosis.trace import EXTERNAL, NMI_VECTOR, InterruptTrace
 from pyhyve.vmm.io.apicbus import ApicBus, LocalApic
 from pyhyve.vmm.io.apicregs import EOI, LVT_TIMER, MSR_X2APIC_FIRST
 from pyhyve.vmm.io.vioapic import RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR, Vioapic
 from pyhyve.vmm.io.vlapic import Vlapic
+from pyhyve.vmm.io.vlapicprocessortimer import ProcessorTimer
+from pyhyve.vmm.io.vlapictimer import VlapicTimer
 from pyhyve.vmm.vcpu import Vcpu
+from pyhyve.vmm.vm import Vm
 
 _EOI_MSR = MSR_X2APIC_FIRST + EOI
 _EOI_OFFSET = EOI << 4
 
 
-@runtime_checkable
-class DeliversItself(Protocol):
-    """Where a processor keeps interrupts that it may deliver by itself, unseen."""
-
-    direct: bool
-
-
-def attach(trace: InterruptTrace, vcpus: Sequence[Vcpu], bus: ApicBus, vioapic: Vioapic) -> Callable[[], None]:
+def attach(trace: InterruptTrace, vm: Vm, vioapic: Vioapic) -> Callable[[], None]:
     """Let `trace` see what happens from now on; return how to end that. The VM stands still at both."""
-    undo = [_swap(bus, _traced_bus(trace)), _swap(vioapic, _traced_vioapic(trace))]
-    for vcpu in vcpus:
+    undo = [_swap(vm.apic_bus, _traced_bus(trace)), _swap(vioapic, _traced_vioapic(trace))]
+    for vcpu in vm.vcpus:
         assert isinstance(vcpu.vlapic, Vlapic)
         undo.append(_swap(vcpu.vlapic, _traced_vlapic(trace, vcpu.index)))
         undo.append(_watch_eoi_msr(trace, vcpu))
         undo.append(_watch_nmis(trace, vcpu))
-        undo.append(_hand_over(vcpu.vlapic))
+        undo.append(_hand_over(vm, vcpu, vcpu.vlapic))
 
     def detach() -> None:
         for each in reversed(undo):
@@ -52,17 +47,32 @@ def _swap(chip: object, traced: type) -> Callable[[], None]:
     return put_back
 
 
-def _hand_over(vlapic: Vlapic) -> Callable[[], None]:
-    """A processor that delivers interrupts itself leaves that to the monitor while it is watched."""
-    state = getattr(vlapic, "state", None)
-    if not isinstance(state, DeliversItself):
-        return lambda: None
-    before, state.direct = state.direct, False
+def _hand_over(vm: Vm, vcpu: Vcpu, vlapic: Vlapic) -> Callable[[], None]:
+    """A processor that keeps timers and delivers interrupts itself leaves that to the monitor while it is watched."""
+    state, own = vlapic.state, vlapic._timer
+    if not isinstance(own, ProcessorTimer):
+        return _nothing
+    monitors = VlapicTimer(vm.clock, vm.timers, vlapic._lock, vcpu.tsc.now, vcpu.tsc.hz, vlapic._timer_expired)
+    direct, state.direct = state.direct, False
+    _move_timer(vlapic, own, monitors)
 
     def take_back() -> None:
-        state.direct = before
+        _move_timer(vlapic, monitors, own)
+        state.direct = direct
 
     return take_back
+
+
+def _move_timer(vlapic: Vlapic, source: VlapicTimer | ProcessorTimer, target: VlapicTimer | ProcessorTimer) -> None:
+    saved = source.save()
+    source.reset()
+    target.restore(saved)
+    target.set_lvt(vlapic._regs[LVT_TIMER])
+    vlapic._timer = target
+
+
+def _nothing() -> None:
+    pass
 
 
 def _highest(bits: int) -> int:

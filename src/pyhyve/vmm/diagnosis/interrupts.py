@@ -62,7 +62,7 @@ class Interrupts:
             if self._detach is not None:
                 raise UsageError("interrupts are traced already; end that trace first")
             self.traced = trace = InterruptTrace(self._vm.clock.now, size)
-            self._detach = attach(trace, self._vm.vcpus, self._vm.apic_bus, self._vioapic)
+            self._detach = attach(trace, self._vm, self._vioapic)
             return trace
 
     def stop_trace(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pyhyve.vmm.io.vatpic import Vatpic, VatpicV1
 from pyhyve.vmm.io.vioapic import RTE_LOGICAL, Vioapic, VioapicV1
 from pyhyve.vmm.io.vlapic import Vlapic, VlapicV1
-from pyhyve.vmm.vcpu import STATE_NAMES, Vcpu
+from pyhyve.vmm.vcpu import HALTED, STATE_NAMES, Vcpu
 from pyhyve.vmm.vm import State, Vm
 
 _RFLAGS_IF = 1 << 9
@@ -101,7 +101,8 @@ def _vcpu(vcpu: Vcpu) -> VcpuSnapshot:
     waiting = vcpu.waiting_events()
     return VcpuSnapshot(
         index=vcpu.index,
-        state=STATE_NAMES[vcpu.state],
+        # A processor that is to go on with a HLT has not begun to.
+        state=STATE_NAMES[HALTED if vcpu.vlapic.state.resting else vcpu.state],
         interrupts_on=bool(rflags & _RFLAGS_IF),
         event_pending=backend.injection_pending(),
         interruptible=backend.interruptible(),
