@@ -345,6 +345,23 @@ cdef int _inject(Vcpu* v) noexcept nogil:
     return r
 
 
+cdef bint _behind_sti(Vcpu* v) noexcept nogil:
+    """Whether the byte before RIP is that of STI, which sets no shadow where it is carried out in one with the next
+    instruction. It may be the end of another instruction: then an interrupt comes one instruction later than it could."""
+    cdef Exit kept
+    cdef uint64_t page, info
+    cdef uint64_t lin = v.rip - 1
+    cdef bint found
+    if not v.iflag:
+        return False
+    if not (v.efer & 0x400 and v.seg[SEG_CS].attr & 0x2000):
+        lin = (lin + v.seg[SEG_CS].base) & <uint64_t>0xFFFFFFFF
+    kept = v.exit
+    found = mmu_fetch(v, lin, v.bank, &page, &info) == R_OK and (<uint8_t*>(page + (lin & 0xFFF)))[0] == 0xFB
+    v.exit = kept
+    return found
+
+
 cdef int loop_run(Vcpu* v) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef int r
@@ -371,12 +388,13 @@ cdef int _loop(Vcpu* v) noexcept nogil:
     cdef Cache* c = <Cache*>v.cache
     cdef enter_fn enter = <enter_fn>c.enter
     cdef uint8_t* poll = <uint8_t*>&v.poll
-    cdef uint64_t mode, dropped, at
+    cdef uint64_t mode, dropped, at, begun
     cdef Block* b = NULL
     cdef LinkMeta* link = NULL
     cdef MicroMeta* micro
     cdef int r
     cdef int slow = 0
+    cdef uint8_t held
     cdef uint64_t single = 0
     cdef int step
     cdef uint8_t* site
@@ -476,7 +494,9 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             update_bank(v)
             v.shadow = 0
             continue
+        held = 0
         if slow:
+            held = v.shadow
             v.shadow = 0
             v.n.slow_insns += 1
         elif single:
@@ -498,6 +518,7 @@ cdef int _loop(Vcpu* v) noexcept nogil:
         link = NULL
         v.ret_sp = v.ret_base
         (<uint64_t*>v.ret_base)[0] = <uint64_t>c.ret_empty[v.bank]
+        begun = v.rip
         enter(v, b.entry_direct)
         if slow:
             c.pool_used -= 1
@@ -541,11 +562,18 @@ cdef int _loop(Vcpu* v) noexcept nogil:
             r = R_FAULT
         elif v.leave_reason == LEAVE_EXIT:
             v.db_pending = 0
+            # The instruction behind STI or MOV SS has not been carried out yet.
+            if v.rip == begun and held:
+                v.shadow = held
+            elif _behind_sti(v):
+                v.shadow = SHADOW_STI
             return v.exit.reason
         elif v.leave_reason == LEAVE_SLOW:
+            v.shadow |= held
             slow = 1
             continue
         elif v.leave_reason == LEAVE_SINGLE:
+            v.shadow |= held
             single = MODE_SINGLE
             link = <LinkMeta*>v.leave_arg
             continue
@@ -562,6 +590,10 @@ cdef int _loop(Vcpu* v) noexcept nogil:
         elif r == R_EXIT:
             if v.rip == at and v.exit.reason != X_IO:
                 v.db_pending = 0
+            if v.rip == begun and held:
+                v.shadow = held
+            elif v.exit.reason == X_EPT_VIOLATION and _behind_sti(v):
+                v.shadow = SHADOW_STI
             return v.exit.reason
         if v.debug & WATCH_STEP:
             v.db_pending |= PENDING_STEP
