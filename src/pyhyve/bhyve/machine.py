@@ -42,10 +42,11 @@ from pyhyve.cpu import select
 from pyhyve.cpu.processor import Segment
 from pyhyve.vmm.cpuid import NOTE_HARDWARE
 from pyhyve.vmm.diagnosis.interrupts import Interrupts
-from pyhyve.vmm.io.apicregs import APIC_VERSION
+from pyhyve.vmm.io.apicregs import VERSION_INTEGRATED
 from pyhyve.vmm.io.vatpic import Vatpic
 from pyhyve.vmm.io.vatpit import Vatpit
 from pyhyve.vmm.io.vhpet import Vhpet
+from pyhyve.vmm.io.vioapic import PINS as PINS_WITHOUT_EOI
 from pyhyve.vmm.io.vioapic import Vioapic
 from pyhyve.vmm.io.vlapic import Vlapic
 from pyhyve.vmm.io.vpmtmr import Vpmtmr
@@ -118,7 +119,14 @@ class Machine:
         with contextlib.ExitStack() as undo:
             self._lock = NameLock(config.name or own_name(self))
             undo.callback(self._lock.release)
-            self.vm = Vm(self._lock.name, engine, config.topology, timing=timing, cpu_features=config.cpu_features)
+            self.vm = Vm(
+                self._lock.name,
+                engine,
+                config.topology,
+                timing=timing,
+                cpu_features=config.cpu_features,
+                directed_eoi=config.ioapic_pins > PINS_WITHOUT_EOI,
+            )
             undo.callback(self.vm.close)
             self.vm.hang_ns = int(config.hang_seconds * 1e9)
             self.vm.on_suspend = self._on_suspend
@@ -170,7 +178,7 @@ class Machine:
             self.config.topology.apic_ids,
             signature=leaf["eax"],
             features=leaf["edx"],
-            lapic_version=APIC_VERSION & 0xFF,
+            lapic_version=VERSION_INTEGRATED,
             ioapic_version=self.vioapic.version,
             ioapic_pins=self.config.ioapic_pins,
         )

@@ -15,7 +15,7 @@ GPR_NAMES: Final = (
 )  # fmt: skip
 SEGMENT_NAMES: Final = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
 CONTROL_NAMES: Final = (
-    "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0",
+    "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "cr8", "efer", "xcr0", "apic_base",
     "dr0", "dr1", "dr2", "dr3", "dr6", "dr7",
 )  # fmt: skip
 MSR_NAMES: Final = (
@@ -123,6 +123,10 @@ class ApicTimer(Protocol):
 
     def start(self, count: int) -> None:
         """Write the initial count: start from there, or stop with 0."""
+        ...
+
+    def look(self) -> None:
+        """Post the interrupt if it is due: the engine may not have come to it yet."""
         ...
 
     def take_error(self) -> bool:

@@ -14,6 +14,7 @@ from pyhyve.cpu.processor import Capabilities
 from pyhyve.vmm.hostcpu import CpuidFunction
 
 _EXTENDED: Final = 0x8000_0001
+_PV_FEATURES: Final = 0x4000_0101
 
 # name: (leaf, subleaf, register, bit), what it needs
 FEATURES: Final[Mapping[str, tuple[int, int, str, int, tuple[str, ...]]]] = {
@@ -23,6 +24,8 @@ FEATURES: Final[Mapping[str, tuple[int, int, str, int, tuple[str, ...]]]] = {
     "fma": (1, 0, "ecx", 12, ("avx",)),
     "cx16": (1, 0, "ecx", 13, ()),
     "pcid": (1, 0, "ecx", 17, ()),
+    "x2apic": (1, 0, "ecx", 21, ()),
+    "tsc_deadline": (1, 0, "ecx", 24, ()),
     "sse4_1": (1, 0, "ecx", 19, ("ssse3",)),
     "sse4_2": (1, 0, "ecx", 20, ("sse4_1",)),
     "movbe": (1, 0, "ecx", 22, ()),
@@ -81,10 +84,12 @@ FEATURES: Final[Mapping[str, tuple[int, int, str, int, tuple[str, ...]]]] = {
     "sse4a": (_EXTENDED, 0, "ecx", 6, ("sse3",)),
     "pdpe1gb": (_EXTENDED, 0, "edx", 26, ()),
     "rdtscp": (_EXTENDED, 0, "edx", 27, ()),
+    "msi_ext_dest_id": (_PV_FEATURES, 0, "eax", 15, ()),
 }
 _REGISTERS: Final = ("eax", "ebx", "ecx", "edx")
-ON_REQUEST: Final = frozenset({"la57"})
-"""Off unless asked for: five levels of page tables cost time at each miss of the TLB, and Linux uses all there are."""
+ON_REQUEST: Final = frozenset({"la57", "msi_ext_dest_id"})
+"""Off unless asked for: five levels of page tables cost time at each miss of the TLB, and Linux uses all there are;
+messages with destinations of 15 bits are of use where APIC ids are above 254."""
 _STATE: Final = {"avx": 0xE4, "avx512f": 0xE0, "pku": 0x200}
 """XCR0 bits that go with a feature."""
 
@@ -119,6 +124,11 @@ def switched_off(switches: Mapping[str, bool]) -> set[str]:
     """Return the features that are off, those that need them included."""
     off = {name for name, wanted in switches.items() if not wanted}
     return off | {name for name in FEATURES if needed_by(name) & off}
+
+
+def of_the_monitor(switches: Mapping[str, bool]) -> dict[str, bool]:
+    """Return which of the features that no processor has to support are to be there: CpuidPolicy's own arguments."""
+    return {name: switches.get(name, name not in ON_REQUEST) for name in ("x2apic", "tsc_deadline", "msi_ext_dest_id")}
 
 
 def without(

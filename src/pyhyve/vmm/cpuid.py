@@ -25,6 +25,7 @@ PV_SIGNATURE: Final = "KVMKVMKVM\0\0\0"
 # Features of the paravirtual interface (Linux Documentation/virt/kvm/x86/cpuid.rst).
 PV_NOP_IO_DELAY: Final = 1 << 1
 PV_CLOCKSOURCE2: Final = 1 << 3
+PV_MSI_EXT_DEST_ID: Final = 1 << 15
 PV_CLOCKSOURCE_STABLE: Final = 1 << 24
 
 # Notes of an engine (Capabilities.notes) that this policy heeds.
@@ -49,8 +50,13 @@ _ALL: Final = 0xFFFF_FFFF
 _L1_ECX_PASS: Final = _bits(0, 1, 9, 12, 13, 19, 20, 22, 23, 25, 26, 28, 29, 30)
 """SSE3 PCLMULQDQ SSSE3 FMA CX16 SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND."""
 _L1_ECX_PCID: Final = _bits(17)
-_L1_ECX_SHOW: Final = _bits(21, 24, 31)
-"""x2APIC, TSC-deadline timer, hypervisor: the monitor's own."""
+_L1_ECX_SHOW: Final = _bits(31)
+"""Hypervisor."""
+_L1_ECX_X2APIC: Final = _bits(21)
+_L1_ECX_TSC_DEADLINE: Final = _bits(24)
+"""The monitor's own."""
+CPUID_APIC: Final = 1 << 9
+"""Leaf 1, EDX: clear while the local APIC is switched off by IA32_APIC_BASE."""
 _L1_EDX_PASS: Final = _bits(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26, 27)
 """FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2 SS."""
 _L1_EDX_HTT: Final = _bits(28)
@@ -180,6 +186,10 @@ class CpuidPolicy:
     topology: Topology
     tsc_khz: int
     apic_bus_khz: int
+    x2apic: bool = True
+    tsc_deadline: bool = True
+    msi_ext_dest_id: bool = False
+    """The guest is told that messages have destinations of 15 bits."""
 
     @property
     def vendor(self) -> str:
@@ -238,7 +248,9 @@ class CpuidPolicy:
         # Intel counts the ids that a package may have, AMD the processors that it has.
         package = 1 << topology.package_shift if self.intel else topology.package
         ebx = (apic_id & 0xFF) << 24 | min(package, 255) << 16 | ebx & 0xFF00  # CLFLUSH's line
-        yield CpuidEntry(1, None, eax, ebx, ecx & ecx_pass | _L1_ECX_SHOW, leaf1_edx)
+        ecx = ecx & ecx_pass | _L1_ECX_SHOW
+        ecx |= (_L1_ECX_X2APIC if self.x2apic else 0) | (_L1_ECX_TSC_DEADLINE if self.tsc_deadline else 0)
+        yield CpuidEntry(1, None, eax, ebx, ecx, leaf1_edx | CPUID_APIC)
 
         if self.intel:
             yield CpuidEntry(2, None, *host(2, 0))
@@ -313,7 +325,10 @@ class CpuidPolicy:
         yield CpuidEntry(HYPERVISOR_BASE, None, HYPERVISOR_TIMING, *words(BHYVE_SIGNATURE))
         yield CpuidEntry(HYPERVISOR_TIMING, None, self.tsc_khz, self.apic_bus_khz, 0, 0)
         yield CpuidEntry(PV_BASE, None, PV_TIMING, *words(PV_SIGNATURE))
-        yield CpuidEntry(PV_FEATURES, None, PV_NOP_IO_DELAY | PV_CLOCKSOURCE2 | PV_CLOCKSOURCE_STABLE, 0, 0, 0)
+        features = PV_NOP_IO_DELAY | PV_CLOCKSOURCE2 | PV_CLOCKSOURCE_STABLE
+        if self.msi_ext_dest_id:
+            features |= PV_MSI_EXT_DEST_ID
+        yield CpuidEntry(PV_FEATURES, None, features, 0, 0, 0)
         yield CpuidEntry(PV_TIMING, None, self.tsc_khz, self.apic_bus_khz, 0, 0)
 
     def _extended(self, apic_id: int) -> Iterator[CpuidEntry]:

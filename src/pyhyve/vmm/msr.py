@@ -32,6 +32,7 @@ MTRR_CAP: Final = 0xFE
 ARCH_CAPABILITIES: Final = 0x10A
 FLUSH_CMD: Final = 0x10B
 MCG_CAP: Final = 0x179
+MCG_CMCI_P: Final = 1 << 10
 MCG_STATUS: Final = 0x17A
 PERF_STATUS: Final = 0x198
 PERF_CTL: Final = 0x199
@@ -120,6 +121,7 @@ class MsrTable:
         intel: bool,
         hardware: bool,
         phys_bits: int,
+        cmci: bool = False,
         mmio_hole: tuple[int, int] = (0xC000_0000, 0x4000_0000),
     ) -> None:
         self._backend = backend
@@ -145,7 +147,8 @@ class MsrTable:
         for number in _SEGMENT_MSRS:
             self._define(number, self._read_segment_base, self._write_segment_base)
         self._define_mtrrs()
-        self._constant(MCG_CAP, 0)
+        # No banks; CMCI as the local APIC's version register has it.
+        self._constant(MCG_CAP, MCG_CMCI_P if cmci else 0)
         self._plain(MCG_STATUS, 0)
         self._define(BIOS_SIGN_ID, self._read, _ignore)
         self._define(BIOS_UPDATE, None, _ignore)

@@ -13,12 +13,18 @@ from pyhyve.base.errors import GuestFault
 from pyhyve.cpu import exits
 from pyhyve.cpu.processor import GPR_NAMES, CpuidEntry
 from pyhyve.vmm.bus import ONES, MmioBus, PortBus
+from pyhyve.vmm.cpuid import CPUID_APIC
+from pyhyve.vmm.io.apicbus import ApicBus
+from pyhyve.vmm.io.apicregs import BASE_ENABLED
 from pyhyve.vmm.vcpu import RUNNING, Vcpu
 
-LAPIC_PAGE: Final = 0xFEE00
 REASONS: Final = 257
-_ENOSYS: Final = (1 << 64) - 1000
-"""What a hypercall nobody knows returns (Linux Documentation/virt/kvm/x86/hypercalls.rst)."""
+# Hypercalls and their errors (Linux Documentation/virt/kvm/x86/hypercalls.rst).
+_SEND_IPI: Final = 10
+_EPERM: Final = 1
+_ENOSYS: Final = 1000
+_EFER_LMA: Final = 1 << 10
+_CODE_64: Final = 1 << 13
 
 # Intel SDM vol 3, "Exit Qualification for EPT Violations" (7: a linear address led there, 8: it was that address's own
 # translation) and "Page-Fault Exceptions".
@@ -53,6 +59,7 @@ class Monitor(Protocol):
     """What the run loop asks of the VM it works for."""
 
     timing: bool
+    apic_bus: ApicBus
 
     def triple_fault(self, vcpu: Vcpu) -> None: ...
 
@@ -257,16 +264,16 @@ class RunLoop:
 
     def is_device(self, gpa: int) -> bool:
         page = gpa >> 12
-        return page == LAPIC_PAGE or self.mmio.has_page(page)
+        return page == self.vcpu.vlapic.page or self.mmio.has_page(page)
 
     def read_device(self, gpa: int, size: int) -> int:
         """Read what is not memory: the vCPU's own local APIC, or a device on the bus."""
-        if gpa >> 12 == LAPIC_PAGE:
+        if gpa >> 12 == self.vcpu.vlapic.page:
             return self.vcpu.read_apic(gpa & 0xFFF, size)
         return self.mmio.read(gpa, size)
 
     def write_device(self, gpa: int, size: int, value: int) -> None:
-        if gpa >> 12 == LAPIC_PAGE:
+        if gpa >> 12 == self.vcpu.vlapic.page:
             self.vcpu.write_apic(gpa & 0xFFF, size, value)
         else:
             self.mmio.write(gpa, size, value)
@@ -299,14 +306,32 @@ class RunLoop:
         eax, ebx, ecx, edx = (entry.eax, entry.ebx, entry.ecx, entry.edx) if entry is not None else (0, 0, 0, 0)
         if leaf == 0xB and entry is None:
             ecx, edx = subleaf & 0xFF, self._cpuid[0xB, 0].edx
+        if leaf == 1 and not self.vcpu.vlapic.base_msr & BASE_ENABLED:
+            edx &= ~CPUID_APIC
         for index, value in enumerate((eax, ecx, edx, ebx)):
             backend.set_gpr(index, value)
         backend.skip(self.exit.length)
 
     def _vmcall(self) -> None:
         backend = self.vcpu.backend
-        backend.set("rax", _ENOSYS)
+        backend.set("rax", self._hypercall() & ONES[8])
         backend.skip(self.exit.length)
+
+    def _hypercall(self) -> int:
+        """Carry out a hypercall; return what the guest gets: an error is negative.
+
+        The IPI is not announced (IPIs between vCPUs need no exit on some engines), but there for who asks.
+        """
+        get = self.vcpu.backend.get
+        code = self.vcpu.backend.get_segment("cs")
+        if code.selector & 3 and get("cr0") & 1:
+            return -_EPERM
+        bits = 64 if get("efer") & _EFER_LMA and code.attr & _CODE_64 else 32
+        mask = (1 << bits) - 1
+        number, low, high, first, command = (get(name) & mask for name in ("rax", "rbx", "rcx", "rdx", "rsi"))
+        if number == _SEND_IPI:
+            return self.vm.apic_bus.send_to_many(low | high << bits, first, command)
+        return -_ENOSYS
 
     def _cr_access(self) -> None:
         """CR8, by the local APIC (qualification: Intel SDM vol 3, "Exit Qualification for Control-Register Accesses");

@@ -19,6 +19,7 @@ from typing import Final, Protocol, runtime_checkable
 from pyhyve.base.errors import HostError
 from pyhyve.cpu.exits import EXTERNAL_INTERRUPT
 from pyhyve.cpu.processor import INJECT_EXCEPTION, INJECT_EXTERNAL, INJECT_NMI, ApicState, Segment, VcpuBackend
+from pyhyve.vmm.io.apicregs import BASE_BSP
 from pyhyve.vmm.msr import MsrTable
 from pyhyve.vmm.tsc import GuestTsc
 
@@ -38,13 +39,18 @@ class LocalApic(Protocol):
     """What a vCPU asks of its local APIC."""
 
     cr8: int
+    page: int
+    """The number of the page (gpa >> 12) that it decodes, -1 if none."""
+
+    @property
+    def base_msr(self) -> int: ...
 
     @property
     def state(self) -> ApicState: ...
 
     def pending_vector(self) -> int | None: ...
 
-    def acknowledge(self, vector: int) -> None: ...
+    def acknowledge(self, vector: int) -> int: ...
 
     def extint_enabled(self) -> bool: ...
 
@@ -290,7 +296,7 @@ class Vcpu:
         wanted = False
         if vector is not None and not apic.direct:
             if backend.interruptible():
-                vlapic.acknowledge(vector)
+                vector = vlapic.acknowledge(vector)
                 backend.inject(vector, INJECT_EXTERNAL)
                 self._delivered[vector] += 1
                 self.state = RUNNING
@@ -321,6 +327,10 @@ class Vcpu:
     def store_task_priority(self) -> None:
         """Tell the processor of the local APIC's task priority: CR8 is TPR bits 7:4."""
         self.backend.set("cr8", self.vlapic.cr8)
+
+    def apic_base_changed(self) -> None:
+        """Tell the processor where the local APIC's page is now, and whether CPUID shows a local APIC."""
+        self.backend.set("apic_base", self.vlapic.base_msr)
 
     def read_apic(self, offset: int, size: int) -> int:
         """Read the xAPIC page."""
@@ -389,7 +399,7 @@ class Vcpu:
         reset_registers(self.backend)
         self.backend.set("cr0", keep_cache_bits | _CR0_ET)
         # The bootstrap processor goes on at the reset vector; the others wait ("MP Initialization Protocol").
-        self.state = RUNNING if self.index == 0 else WAIT_SIPI
+        self.state = RUNNING if self.vlapic.base_msr & BASE_BSP else WAIT_SIPI
 
     def _take_sipi(self) -> None:
         vector, self._sipi_vector = self._sipi_vector, -1

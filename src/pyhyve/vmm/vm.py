@@ -17,10 +17,11 @@ from pyhyve.cpu import exits
 from pyhyve.cpu.processor import Capabilities, CpuidEntry, KeepsApicState, Processor
 from pyhyve.vmm import hostcpu
 from pyhyve.vmm.bus import MmioBus, PortBus
-from pyhyve.vmm.cpufeatures import check_wanted, without
+from pyhyve.vmm.cpufeatures import check_wanted, of_the_monitor, without
 from pyhyve.vmm.cpuid import CpuidPolicy, limited
 from pyhyve.vmm.events import EventLoop
 from pyhyve.vmm.io.apicbus import ApicBus
+from pyhyve.vmm.io.apicregs import ApicFeatures
 from pyhyve.vmm.io.vlapic import APIC_BUS_HZ, Vlapic
 from pyhyve.vmm.memory.vmspace import Vmspace
 from pyhyve.vmm.msr import MsrTable
@@ -95,7 +96,9 @@ class Vm:
         *,
         timing: bool = False,
         cpu_features: Mapping[str, bool] | None = None,
+        directed_eoi: bool = True,
     ) -> None:
+        """directed_eoi: every I/O APIC will have an EOI register, so the local APICs need not send all EOIs there."""
         self.name = name
         self.timing = timing
         """Measure the time spent in the guest and in handlers."""
@@ -133,17 +136,21 @@ class Vm:
         self._watchdog_exits: list[int] = []
         self._watchdog_since = 0
         try:
-            self._make_vcpus(topology, cpu_features or {})
+            self._make_vcpus(topology, cpu_features or {}, directed_eoi)
         except BaseException:
             self.close()
             raise
 
-    def _make_vcpus(self, topology: Topology, cpu_features: Mapping[str, bool]) -> None:
+    def _make_vcpus(self, topology: Topology, cpu_features: Mapping[str, bool], directed_eoi: bool) -> None:
         rdtsc = hostcpu.rdtsc_function()
         khz = hostcpu.tsc_khz()
         host, capabilities = without(self._host_cpuid, self.capabilities, cpu_features)
-        policy = CpuidPolicy(host, capabilities, topology, khz, APIC_BUS_HZ // 1000)
+        policy = CpuidPolicy(host, capabilities, topology, khz, APIC_BUS_HZ // 1000, **of_the_monitor(cpu_features))
         self.cpuid: CpuidPolicy = policy
+        apic_features = ApicFeatures(
+            policy.physical_bits, policy.x2apic, policy.tsc_deadline, cmci=policy.intel, eoi_suppression=directed_eoi
+        )
+        self.apic_bus.extended_ids = policy.msi_ext_dest_id
         check_wanted(cpu_features, policy.reported(), self.capabilities.name)
         self.tsc_khz = khz
         self._tsc_start = rdtsc()
@@ -163,7 +170,9 @@ class Vm:
                 vcpu.post_init,
                 vcpu.post_sipi,
                 vcpu.post_nmi,
+                vcpu.apic_base_changed,
                 backend.apic if isinstance(backend, KeepsApicState) else None,
+                apic_features,
             )
             self.apic_bus.attach(vlapic)
             vcpu.tsc = tsc
@@ -177,10 +186,12 @@ class Vm:
                 intel=policy.intel,
                 hardware=policy.hardware,
                 phys_bits=policy.physical_bits,
+                cmci=apic_features.cmci,
             )
             vcpu.msrs.share_task_priority(vcpu.read_apic_msr, vcpu.write_apic_msr)
             entries: Sequence[CpuidEntry] = policy.entries(apic_id)
             backend.set_cpuid(entries)
+            vcpu.apic_base_changed()
             loop = RunLoop(self, vcpu, self.ports, self.mmio, self.memory, self.lock, _emulator, entries)
             vlapic.state.direct = isinstance(backend, KeepsApicState)
             self.vcpus.append(vcpu)

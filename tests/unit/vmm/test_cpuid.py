@@ -159,6 +159,23 @@ def test_own_signature_comes_first_and_the_clock_interface_second():
     assert entries[0x4000_0101, None].eax == 1 << 1 | 1 << 3 | 1 << 24
 
 
+def test_the_interrupts_own_bits_can_be_hidden_or_asked_for():
+    given = CpuidPolicy(
+        host_with_everything("GenuineIntel"),
+        Capabilities("test"),
+        Topology(),
+        2_000_000,
+        1_000_000,
+        x2apic=False,
+        tsc_deadline=False,
+        msi_ext_dest_id=True,
+    ).reported()
+    assert given[1, 0]["ecx"] & (1 << 21 | 1 << 24) == 0
+    assert given[1, 0]["edx"] >> 9 & 1
+    assert given[0x4000_0101, 0]["eax"] >> 15 & 1
+    assert given[6, 0]["eax"] == 1 << 2
+
+
 @pytest.mark.parametrize("khz", [800_000, 1_000_000, 2_400_000, 2_596_132, 3_792_874, 5_700_001])
 def test_crystal_leaf_gives_the_frequency_in_linuxs_arithmetic(khz):
     policy = CpuidPolicy(host_with_everything("GenuineIntel"), Capabilities("test"), Topology(), khz, 1_000_000)

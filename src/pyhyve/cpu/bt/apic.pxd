@@ -61,6 +61,7 @@ cdef enum:
     LVT_MASKED = 1 << 16
     TIMER_PERIODIC = 1      # the entry's bits 18:17
     TIMER_DEADLINE = 2
+    TIMER_RESERVED = 3
 
 # Start the timer with a count, or stop it with 0; in TSC-deadline mode it goes by timer_deadline().
 cdef void timer_count(Apic* a, uint32_t count) noexcept nogil

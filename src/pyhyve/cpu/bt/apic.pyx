@@ -86,10 +86,7 @@ cdef void apic_wake(Apic* a) noexcept nogil:
 
 cdef int apic_pending(Apic* a) noexcept nogil:
     """See "Task and Processor Priorities"."""
-    cdef int vector
-    if not a.accepting:
-        return -1
-    vector = _highest(a.irr)
+    cdef int vector = _highest(a.irr)
     return vector if vector & 0xF0 > <int>(a.ppr & 0xF0) and vector >= 0 else -1
 
 

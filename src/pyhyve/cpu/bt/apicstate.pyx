@@ -243,6 +243,10 @@ cdef class BtApicState:
     def start(self, uint32_t count):
         timer_count(self.a, count)
 
+    def look(self):
+        timer_rings(self.a)
+        timer_look(self.a)
+
     def take_error(self):
         cdef bint error = self.a.bad_vector != 0
         self.a.bad_vector = 0

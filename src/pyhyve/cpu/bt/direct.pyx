@@ -33,7 +33,6 @@ cdef extern from *:
     void bt_futex_wait(uint32_t* word, uint32_t value) noexcept nogil
 
 cdef enum:
-    APIC_PAGE = 0xFEE00
     MSR_X2APIC = 0x800
     MSR_TSC_DEADLINE = 0x6E0
 
@@ -117,9 +116,9 @@ cdef bint direct_exit(Vcpu* v, Cache* c, int* reason) noexcept nogil:
         elif v.exit.msr == MSR_TSC_DEADLINE and a.mode != APIC_NOT_HERE:
             if a.lvt >> 17 & 3 == TIMER_DEADLINE:
                 timer_deadline(a, v.exit.msr_value)
-            done = DONE
+                done = DONE
     elif reason[0] == X_EPT_VIOLATION:
-        if a.mode == APIC_XAPIC and v.exit.gpa >> 12 == APIC_PAGE and not v.exit.gpa & 0xF and not v.inject_valid:
+        if a.mode == APIC_XAPIC and v.exit.gpa >> 12 == v.apic_page and not v.exit.gpa & 0xF and not v.inject_valid:
             done = _page_access(v, c, <uint32_t>(v.exit.gpa >> 4 & 0xFF))
     elif reason[0] == X_CR_ACCESS:
         if v.exit.qualification & 0xFF == 8 and not v.gpr[v.exit.qualification >> 8 & 0xF] & ~<uint64_t>0xF:
@@ -170,7 +169,7 @@ cdef int _write(Vcpu* v, Cache* c, uint32_t register, uint64_t value) noexcept n
             return TO_MONITOR
         return _send(v, c, TO_SELF << 18 | <uint32_t>value, 0)
     if register == REG_TIMER_INITIAL:
-        if value >> 32:
+        if value >> 32 or a.lvt >> 17 & 3 == TIMER_RESERVED:
             return TO_MONITOR
         if a.lvt >> 17 & 3 != TIMER_DEADLINE:
             timer_count(a, <uint32_t>value)

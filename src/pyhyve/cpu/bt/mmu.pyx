@@ -168,6 +168,8 @@ cdef int mmu_ept(Vcpu* v, uint64_t gpa, uint32_t need, uint64_t gla, int final, 
     """`perms` on return: what is allowed without another walk (W only with the dirty bit set, if the EPT has them)."""
     cdef uint64_t slot = (gpa >> 21) & (EPT_LARGE_SLOTS - 1)
     cdef uint64_t val
+    if gpa >> 12 == v.apic_page:
+        return ept_violation(v, gpa, need, 0, gla, final, X_EPT_VIOLATION)
     if v.ept_cache_tag[slot] == ((gpa >> 21 << 1) | 1):
         val = v.ept_cache_val[slot]
         if val & need == need:
@@ -717,6 +719,7 @@ cdef void mmu_load_cr3(Vcpu* v, uint64_t value) noexcept nogil:
 
 cdef void mmu_init(Vcpu* v) noexcept nogil:
     cdef int k
+    v.apic_page = ~<uint64_t>0
     for k in range(256):
         v.ept_cache_tag[k] = 0
         v.ept_cache_val[k] = 0

@@ -395,6 +395,7 @@ cdef class BtVcpu:
     cdef readonly ExitView exit
     cdef readonly BtApicState apic
     cdef readonly int vcpu_id
+    cdef uint64_t apic_base
 
     def __cinit__(self, int vcpu_id, BtShared shared, uint64_t code_size=64 << 20):
         cdef void* rw = NULL
@@ -583,6 +584,7 @@ cdef class BtVcpu:
         if name == "cr3": return v.cr3
         if name == "cr4": return v.cr4
         if name == "cr8": return v.cr8
+        if name == "apic_base": return self.apic_base
         if name == "efer": return v.efer
         if name == "xcr0": return v.xcr0
         if name in ("dr0", "dr1", "dr2", "dr3", "dr6", "dr7"): return v.dr[int(name[2])]
@@ -620,6 +622,7 @@ cdef class BtVcpu:
             mmu_flush_all(v)
             debug_update(v)
         elif name == "cr8": v.cr8 = value
+        elif name == "apic_base": self._set_apic_base(value)
         elif name == "efer":
             v.efer = value
             mmu_flush_all(v)
@@ -742,6 +745,18 @@ cdef class BtVcpu:
         self.v.cpuid = table
         self.v.n_cpuid = n
         self.v.features = feature_mask(entries)
+
+    cdef _set_apic_base(self, uint64_t value):
+        cdef CpuidEntry* e
+        cdef uint64_t page = value >> 12 if value & 0xC00 == 0x800 else ~<uint64_t>0
+        self.apic_base = value
+        for n in range(self.v.n_cpuid):
+            e = &self.v.cpuid[n]
+            if e.leaf == 1 or (e.leaf == 0x80000001U and self.v.amd):
+                e.edx = e.edx | 0x200 if value & 0x800 else e.edx & ~<uint32_t>0x200
+        if page != self.v.apic_page:
+            self.v.apic_page = page
+            mmu_flush_ept(self.v)
 
     def set_ept(self, uint64_t eptp, uint64_t generation):
         if eptp != self.v.eptp or generation != self.v.eptgen:

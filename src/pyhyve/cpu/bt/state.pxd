@@ -282,6 +282,7 @@ cdef struct Vcpu:
     # nested paging
     uint64_t eptp                # host address of the EPT root table | low bits as VT-x's EPTP
     uint64_t eptgen
+    uint64_t apic_page           # gpa >> 12 of the local APIC's page: never memory, whatever the EPT has there
     uint32_t maxphyaddr
     uint32_t in_microcode
     CpuidEntry* cpuid

@@ -24,7 +24,7 @@ cdef enum:
     F_SREGS = 18                 # Registers.field: from here on it is what KVM_GET_SREGS brings
 
 cdef dict FIELD = {name: index for index, name in enumerate(
-    (*GPR_NAMES, "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer"))}
+    (*GPR_NAMES, "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer", "apic_base"))}
 cdef dict DEBUG = {"dr0": 0, "dr1": 1, "dr2": 2, "dr3": 3, "dr6": 6, "dr7": 7}
 cdef dict MSR = {
     "star": 0xC0000081, "lstar": 0xC0000082, "cstar": 0xC0000083, "sfmask": 0xC0000084, "kernel_gs_base": 0xC0000102,
@@ -69,6 +69,7 @@ cdef class Registers:
         self.field[20] = &s.cr3
         self.field[21] = &s.cr4
         self.field[22] = &s.efer
+        self.field[23] = <__u64*>&s.apic_base
         self.segment[0] = &s.es
         self.segment[1] = &s.cs
         self.segment[2] = &s.ss

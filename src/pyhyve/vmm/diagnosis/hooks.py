@@ -88,9 +88,9 @@ def _traced_vlapic(trace: InterruptTrace, index: int) -> type:
             trace.accepted(index, vector, bool(self.irr >> vector & 1), local)
             super().accept(vector, level)
 
-        def acknowledge(self, vector: int) -> None:
+        def acknowledge(self, vector: int) -> int:
             trace.delivered(index, vector)
-            super().acknowledge(vector)
+            return super().acknowledge(vector)
 
         def acknowledge_extint(self) -> int | None:
             vector = super().acknowledge_extint()

@@ -17,12 +17,10 @@ from pyhyve.cpu.processor import ApicState
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, INIT, LOWEST_PRIORITY, NMI, STARTUP, ApicBus
 from pyhyve.vmm.io.apicregs import (
     APIC_DEFAULT_BASE,
-    APIC_VERSION,
     APR,
     BASE_BSP,
     BASE_ENABLED,
     BASE_MODE,
-    BASE_X2APIC,
     DFR,
     EOI,
     ESR,
@@ -30,11 +28,11 @@ from pyhyve.vmm.io.apicregs import (
     ESR_RECEIVE_ILLEGAL,
     ICR_HIGH,
     ICR_LOW,
-    ICR_LOW_RESERVED_X2APIC,
     ID,
     IRR0,
     ISR0,
     LDR,
+    LVT_CMCI,
     LVT_ERROR,
     LVT_LINT0,
     LVT_LINT1,
@@ -50,16 +48,19 @@ from pyhyve.vmm.io.apicregs import (
     SELF_IPI,
     SVR,
     SVR_ENABLED,
-    SVR_WRITABLE,
+    SVR_EOI_SUPPRESSED,
+    SVR_NO_FOCUS,
     TIMER_CURRENT,
     TIMER_DIVIDE,
     TIMER_INITIAL,
     TMR0,
     TPR,
     VERSION,
+    ApicFeatures,
+    x2apic_reserved,
 )
 from pyhyve.vmm.io.vlapicicr import InterruptCommands
-from pyhyve.vmm.io.vlapiclvt import INTR, LVT_X2APIC_WRITABLE, LocalVectorTable
+from pyhyve.vmm.io.vlapiclvt import INTR, LocalVectorTable
 from pyhyve.vmm.io.vlapicpriority import Priorities
 from pyhyve.vmm.io.vlapicprocessortimer import ProcessorTimer
 from pyhyve.vmm.io.vlapictimer import APIC_BUS_HZ as APIC_BUS_HZ
@@ -94,12 +95,14 @@ class Vlapic(Priorities):
 
     state: where the processor keeps the interrupts' state, if it does. notify: called when something new may be
     deliverable, and the processor does not know. on_init: an INIT arrived (the owner calls `init()` from the
-    vCPU's thread). on_sipi(vector), on_nmi: likewise for the vCPU to handle.
+    vCPU's thread). on_sipi(vector), on_nmi: likewise for the vCPU to handle. on_base: IA32_APIC_BASE has changed.
+
+    page: the number of the page (gpa >> 12) that this APIC decodes for its processor; -1 while it decodes none.
     """
 
     __slots__ = (
-        "_base", "_bus", "_errors", "_extint_latched", "_icr", "_lvt", "_on_init", "_on_nmi", "_on_sipi", "_regs",
-        "_timer", "_x2apic", "apic_id",
+        "_base", "_bus", "_errors", "_extint_latched", "_features", "_icr", "_lvt", "_on_base", "_on_init", "_on_nmi",
+        "_on_sipi", "_regs", "_timer", "_x2apic", "_x2apic_reserved", "apic_id", "page", "physical_id",
     )  # fmt: skip
 
     def __init__(
@@ -114,7 +117,9 @@ class Vlapic(Priorities):
         on_init: Callable[[], None] = _nothing,
         on_sipi: Callable[[int], None] = _no_sipi,
         on_nmi: Callable[[], None] = _nothing,
+        on_base: Callable[[], None] = _nothing,
         state: ApicState | None = None,
+        features: ApicFeatures | None = None,
     ) -> None:
         super().__init__(notify, state)
         self.apic_id = apic_id
@@ -122,6 +127,9 @@ class Vlapic(Priorities):
         self._on_init = on_init
         self._on_sipi = on_sipi
         self._on_nmi = on_nmi
+        self._on_base = on_base
+        self._features = features = features or ApicFeatures()
+        self._x2apic_reserved = x2apic_reserved(features)
         timer = self.state.timer
         self._timer: VlapicTimer | ProcessorTimer
         if timer is None:
@@ -129,19 +137,21 @@ class Vlapic(Priorities):
         else:
             self._timer = ProcessorTimer(timer, tsc, tsc_hz)
         self._regs = [0] * 64
-        self._lvt = LocalVectorTable(self._regs, self, notify)
-        self._icr = InterruptCommands(self.state, self, bus)
+        self._lvt: LocalVectorTable = LocalVectorTable(self._regs, self, notify, features)
+        self._icr: InterruptCommands = InterruptCommands(self.state, self, bus)
         self._base = 0
+        self.page = -1
+        self.physical_id = apic_id
         self._x2apic = False
         self._errors = 0
         self._extint_latched = False
-        self.reset()
+        self._power_up()
 
     # -- state that others look at ------------------------------------------------------------------------------------
 
     @property
     def base_msr(self) -> int:
-        """IA32_APIC_BASE. The xAPIC page is decoded only while bit 11 is set and bit 10 is clear."""
+        """IA32_APIC_BASE: bit 11 is clear while the APIC is off, bit 10 is set in x2APIC mode."""
         return self._base
 
     @property
@@ -151,9 +161,12 @@ class Vlapic(Priorities):
     def reset(self) -> None:
         """Power-up state; the LINT pins keep the levels that others drive."""
         with self._lock:
-            self._base = APIC_DEFAULT_BASE | BASE_ENABLED | (BASE_BSP if self.apic_id == 0 else 0)
-            self._x2apic = False
-            self.init()
+            self._power_up()
+        self._on_base()
+
+    def _power_up(self) -> None:
+        self._set_base(APIC_DEFAULT_BASE | BASE_ENABLED | (BASE_BSP if self.apic_id == 0 else 0))
+        self.init()
 
     def init(self) -> None:
         """What an INIT leaves: registers as at power-up, but IA32_APIC_BASE and the ID stay.
@@ -163,12 +176,13 @@ class Vlapic(Priorities):
         with self._lock:
             regs = self._regs
             regs[:] = [0] * 64
-            regs[VERSION] = APIC_VERSION
+            regs[VERSION] = self._features.version
             regs[DFR] = 0xFFFFFFFF
             regs[SVR] = 0xFF
             self._lvt.mask_all()
             self._timer.reset()
             self.state.clear()
+            self._spurious = 0xFF
             self._errors = 0
             self._extint_latched = False
             self.state.accepting = False
@@ -232,13 +246,20 @@ class Vlapic(Priorities):
         if pins[pin] == asserted:
             return
         pins[pin] = asserted
-        if not asserted:
-            return
         if self._base & BASE_ENABLED:
-            self._lvt.lint_asserted(pin)
-        else:
+            if self._lvt.active(pin):
+                self._lvt.lint_active(pin)
+        elif asserted:
             # "Local APIC Status and Location": with the APIC off the pins are the processor's INTR and NMI.
             (self._notify if pin == INTR else self._on_nmi)()
+
+    def local_interrupt(self, index: int) -> None:
+        """A source on the processor itself wants the interrupt of its entry: LVT_THERMAL, LVT_PMC or LVT_CMCI."""
+        self._lvt.raise_moded(index)
+
+    def is_focus(self, vector: int) -> bool:
+        """Whether a lowest-priority interrupt belongs here: it is in hand, and focus checking is not switched off."""
+        return self.in_hand(vector) and not self._regs[SVR] & SVR_NO_FOCUS
 
     def accepts_logical(self, dest: int) -> bool:
         """Whether a logical destination names this APIC. "Logical Destination Mode"; "Logical Destination Mode in
@@ -257,10 +278,10 @@ class Vlapic(Priorities):
 
     def read(self, offset: int, size: int) -> int:
         """Read the xAPIC page; all ones where the page is not decoded (APIC off or in x2APIC mode)."""
-        if self._base & BASE_MODE != BASE_ENABLED:
+        if self.page < 0:
             return (1 << (8 * size)) - 1
         index = offset >> 4
-        if offset & 0xC or not _XAPIC_READABLE >> index & 1:
+        if offset & 0xC or not _XAPIC_READABLE >> index & 1 or (index == LVT_CMCI and not self._features.cmci):
             self.error(ESR_ILLEGAL_REGISTER)
             return 0
         handler = _READ[index]
@@ -271,10 +292,11 @@ class Vlapic(Priorities):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Write a register of the xAPIC page: 32 bits at a multiple of 16 (narrower writes are zero-extended)."""
-        if self._base & BASE_MODE != BASE_ENABLED:
+        if self.page < 0:
             return
-        handler = None if offset & 0xF else _XAPIC_WRITE[offset >> 4]
-        if handler is None:
+        index = offset >> 4
+        handler = None if offset & 0xF else _XAPIC_WRITE[index]
+        if handler is None or (index == LVT_CMCI and not self._features.cmci):
             self.error(ESR_ILLEGAL_REGISTER)
         else:
             handler(self, value & 0xFFFFFFFF)
@@ -285,12 +307,12 @@ class Vlapic(Priorities):
         """IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register; GuestFault(13, 0) where hardware gives #GP."""
         if self._x2apic and MSR_X2APIC_FIRST <= msr <= MSR_X2APIC_LAST:
             index = msr - MSR_X2APIC_FIRST
-            if _X2APIC_READABLE >> index & 1:
+            if _X2APIC_READABLE >> index & 1 and (index != LVT_CMCI or self._features.cmci):
                 handler = _READ[index]
                 value = self._regs[index] if handler is None else handler(self)
                 return value if index != ICR_LOW else value | self.state.icr_high << 32
-        elif msr == MSR_TSC_DEADLINE:
-            return self._timer.tsc_deadline
+        elif msr == MSR_TSC_DEADLINE and self._features.tsc_deadline:
+            return self._timer.read_tsc_deadline()
         elif msr == MSR_APIC_BASE:
             return self._base
         raise GuestFault(13, 0)
@@ -303,10 +325,10 @@ class Vlapic(Priorities):
         if self._x2apic and MSR_X2APIC_FIRST <= msr <= MSR_X2APIC_LAST:
             index = msr - MSR_X2APIC_FIRST
             handler = _X2APIC_WRITE[index]
-            if handler is None or value & _X2APIC_RESERVED[index]:
+            if handler is None or value & self._x2apic_reserved[index]:
                 raise GuestFault(13, 0)
             handler(self, value)
-        elif msr == MSR_TSC_DEADLINE:
+        elif msr == MSR_TSC_DEADLINE and self._features.tsc_deadline:
             self._timer.set_tsc_deadline(value)
         elif msr == MSR_APIC_BASE:
             self._write_base(value)
@@ -314,25 +336,30 @@ class Vlapic(Priorities):
             raise GuestFault(13, 0)
 
     def _write_base(self, value: int) -> None:
-        """Change the mode. The page cannot be moved (#GP), as under bhyve. "x2APIC State Transitions"."""
-        if (value & ~(BASE_BSP | BASE_MODE)) != APIC_DEFAULT_BASE:
-            raise GuestFault(13, 0)
+        """Change the mode, or move the page. "x2APIC State Transitions".
+
+        Switching off resets the registers. The way to x2APIC mode keeps them, but for the high half of ICR, ID and LDR.
+        """
         old, new = self._base & BASE_MODE, value & BASE_MODE
-        if new == BASE_X2APIC or (old == 0 and new == BASE_MODE) or (old == BASE_MODE and new == BASE_ENABLED):
+        if value & self._features.base_reserved or new not in _NEXT_MODES[old]:
             raise GuestFault(13, 0)
         with self._lock:
-            self._base = value
-            self._x2apic = new == BASE_MODE
+            self._set_base(value)
             if new == 0:
                 self.init()
             elif old != new:
                 self.state.icr_high = 0
                 self._set_ids()
             self._update_accepting()
+        self._on_base()
+
+    def _set_base(self, value: int) -> None:
+        self._base = value
+        self._x2apic = value & BASE_MODE == BASE_MODE
+        self.page = value >> 12 if value & BASE_MODE == BASE_ENABLED else -1
 
     def _set_ids(self) -> None:
-        """The ID is the vCPU's in both modes; in x2APIC mode LDR derives from it. "Logical Destination Mode in x2APIC
-        Mode"."""
+        """The ID is again the vCPU's; in x2APIC mode LDR derives from it. "Logical Destination Mode in x2APIC Mode"."""
         apic_id = self.apic_id
         if self._x2apic:
             self._regs[ID] = apic_id
@@ -340,11 +367,18 @@ class Vlapic(Priorities):
         else:
             self._regs[ID] = (apic_id & 0xFF) << 24
             self._regs[LDR] = 0
+        self._answer_to_id()
+
+    def _answer_to_id(self) -> None:
+        """Let IPIs find this APIC by what its ID register holds; an id that has no room there stays."""
+        apic_id = self._regs[ID] if self._x2apic else self._regs[ID] >> 24
+        self.physical_id = self.apic_id if self.apic_id > 0xFF else apic_id
+        self._bus.renumber()
         self._configure()
 
     def _configure(self) -> None:
         regs = self._regs
-        self.state.configure(self.apic_id, bool(self._base & BASE_ENABLED), self._x2apic, regs[LDR], regs[DFR])
+        self.state.configure(self.physical_id, bool(self._base & BASE_ENABLED), self._x2apic, regs[LDR], regs[DFR])
 
     # -- registers ----------------------------------------------------------------------------------------------------
 
@@ -356,8 +390,15 @@ class Vlapic(Priorities):
         level = self.state.complete()
         if level >= 0:
             self._lvt.eoi(level)
-            self._bus.eoi(level)
+            # Suppressed, the guest writes the EOI register of the I/O APIC itself. "EOI-Broadcast Suppression".
+            if not self._regs[SVR] & SVR_EOI_SUPPRESSED:
+                self._bus.eoi(level)
         self._notify_if_pending()
+
+    def _write_id(self, value: int) -> None:
+        """In xAPIC mode software may give an APIC another id, until the next reset or change of mode."""
+        self._regs[ID] = value & 0xFF000000
+        self._answer_to_id()
 
     def _write_ldr(self, value: int) -> None:
         self._regs[LDR] = value & 0xFF000000
@@ -370,12 +411,12 @@ class Vlapic(Priorities):
     def _write_svr(self, value: int) -> None:
         """See "Spurious-Interrupt Vector Register (SVR)"; while software-disabled every LVT entry stays masked."""
         with self._lock:
-            self._regs[SVR] = value & SVR_WRITABLE
+            self._regs[SVR] = value & self._features.writable(SVR)
+            self._spurious = value & 0xFF
             self._update_accepting()
             if not value & SVR_ENABLED:
                 self._lvt.mask_all()
                 self._timer.set_lvt(self._regs[LVT_TIMER])
-        self._notify_if_pending()
 
     def _write_esr(self, value: int) -> None:
         """A write latches what has happened since the last one; reads give the latched bits."""
@@ -433,9 +474,10 @@ class Vlapic(Priorities):
         if saved.apic_id != self.apic_id:
             raise ValueError(f"state of local APIC {saved.apic_id} given to local APIC {self.apic_id}")
         with self._lock:
-            self._base = saved.base
-            self._x2apic = saved.base & BASE_MODE == BASE_MODE
+            self._set_base(saved.base)
             self._regs[:] = saved.regs
+            self._regs[VERSION] = self._features.version
+            self._spurious = saved.regs[SVR] & 0xFF
             state = self.state
             state.irr, state.isr, state.tmr = saved.irr, saved.isr, saved.tmr
             state.tpr, state.icr_low, state.icr_high = (saved.regs[index] for index in (TPR, ICR_LOW, ICR_HIGH))
@@ -445,9 +487,17 @@ class Vlapic(Priorities):
             self._timer.restore(saved.timer)
             self._timer.set_lvt(self._regs[LVT_TIMER])
             self._update_accepting()
-            self._configure()
+            self._answer_to_id()
+        self._on_base()
         self._notify_if_pending()
 
+
+_NEXT_MODES: Final = {
+    0: (0, BASE_ENABLED),
+    BASE_ENABLED: (0, BASE_ENABLED, BASE_MODE),
+    BASE_MODE: (0, BASE_MODE),
+}
+"""IA32_APIC_BASE bits 11:10, and what they may become without #GP."""
 
 _Read = Callable[[Vlapic], int]
 _Write = Callable[[Vlapic, int], None]
@@ -501,11 +551,12 @@ _WRITE: Final[dict[int, _Write]] = {
     TIMER_INITIAL: lambda vlapic, value: vlapic._timer.set_initial(value),
     TIMER_DIVIDE: lambda vlapic, value: vlapic._timer.set_divide(value),
 }
-_READ_ONLY: Final = (ID, VERSION, APR, PPR, RRD, TIMER_CURRENT, *_WIDE)
+_READ_ONLY: Final = (VERSION, APR, PPR, RRD, TIMER_CURRENT, *_WIDE)
 _XAPIC_WRITE: Final = _table(
     {
         **_WRITE,
         **dict.fromkeys(_READ_ONLY, _ignore),
+        ID: Vlapic._write_id,
         LDR: Vlapic._write_ldr,
         DFR: Vlapic._write_dfr,
         ICR_LOW: lambda vlapic, value: vlapic._icr.write_low(value),
@@ -519,17 +570,6 @@ _X2APIC_WRITE: Final = _table(
         SELF_IPI: lambda vlapic, value: vlapic._icr.write_self_ipi(value),
     }
 )
-_X2APIC_WRITABLE: Final = {
-    TPR: 0xFF,
-    SVR: SVR_WRITABLE,
-    ICR_LOW: ~ICR_LOW_RESERVED_X2APIC,
-    TIMER_INITIAL: 0xFFFFFFFF,
-    TIMER_DIVIDE: 0xB,
-    SELF_IPI: 0xFF,
-    **LVT_X2APIC_WRITABLE,
-}
-_X2APIC_RESERVED: Final = tuple(~_X2APIC_WRITABLE.get(index, 0) for index in range(256))
-
 _BOTH_READABLE: Final = (ID, VERSION, TPR, PPR, LDR, SVR, ESR, ICR_LOW, TIMER_INITIAL, TIMER_CURRENT, TIMER_DIVIDE,
                          *LVTS, *_WIDE)  # fmt: skip
 _X2APIC_READABLE: Final = sum(1 << index for index in _BOTH_READABLE)

@@ -9,6 +9,7 @@ from typing import Protocol
 from pyhyve.cpu.processor import ApicState
 from pyhyve.vmm.io.apicbus import FIXED, INIT, LOWEST_PRIORITY, NMI, STARTUP, ApicBus, LocalApic
 from pyhyve.vmm.io.apicregs import (
+    ESR_REDIRECTABLE,
     ESR_SEND_ILLEGAL,
     ICR_ASSERT,
     ICR_LEVEL,
@@ -61,6 +62,9 @@ class InterruptCommands:
         mode = low >> 8 & 7
         vector = low & 0xFF
         shorthand = low >> 18 & 3
+        if mode == LOWEST_PRIORITY and self._apic.x2apic:
+            self._apic.error(ESR_REDIRECTABLE)  # whatever the vector
+            return
         if mode in (FIXED, LOWEST_PRIORITY):
             if vector < 16:
                 self._apic.error(ESR_SEND_ILLEGAL)

@@ -7,17 +7,18 @@ needs nothing from here.
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from pyhyve.vmm.io.apicbus import EXTINT, FIXED
+from pyhyve.vmm.io.apicbus import EXTINT, FIXED, INIT, NMI
 from pyhyve.vmm.io.apicregs import (
-    LVT_DELIVERY_STATUS,
+    LVT_ACTIVE_LOW,
     LVT_LEVEL,
     LVT_LINT0,
+    LVT_LINT1,
     LVT_MASKED,
+    LVT_PMC,
     LVT_REMOTE_IRR,
-    LVT_WRITABLE,
-    LVTS,
     SVR,
     SVR_ENABLED,
+    ApicFeatures,
 )
 
 INTR: Final = 0
@@ -35,9 +36,11 @@ class Receiver(Protocol):
 class LocalVectorTable:
     """`regs`: the register file. `pins`: what others drive LINT0 and LINT1 to; they keep that over a reset."""
 
-    __slots__ = ("_apic", "_notify", "_regs", "pins")
+    __slots__ = ("_apic", "_lvts", "_notify", "_regs", "_writable", "pins")
 
-    def __init__(self, regs: list[int], apic: Receiver, notify: Callable[[], None]) -> None:
+    def __init__(self, regs: list[int], apic: Receiver, notify: Callable[[], None], features: ApicFeatures) -> None:
+        self._lvts = features.lvts
+        self._writable = {index: features.writable(index) for index in self._lvts}
         self._regs = regs
         self._apic = apic
         self._notify = notify
@@ -45,12 +48,12 @@ class LocalVectorTable:
 
     def mask_all(self) -> None:
         """What a reset and switching off by software do."""
-        for lvt in LVTS:
+        for lvt in self._lvts:
             self._regs[lvt] |= LVT_MASKED
 
     def write(self, index: int, value: int) -> None:
         """Write an entry; while the APIC is switched off by software it stays masked."""
-        value &= LVT_WRITABLE[index]
+        value &= self._writable[index]
         if not self._regs[SVR] & SVR_ENABLED:
             value |= LVT_MASKED
         pin = index - LVT_LINT0
@@ -59,8 +62,8 @@ class LocalVectorTable:
             return
         remote_irr = self._regs[index] & LVT_REMOTE_IRR if value & LVT_LEVEL else 0
         self._regs[index] = value | remote_irr
-        if self.pins[pin] and (value & LVT_LEVEL or value >> 8 & 7 == EXTINT):
-            self.lint_asserted(pin)
+        if self.active(pin) and (_is_level(index, value) or value >> 8 & 7 == EXTINT):
+            self.lint_active(pin)
 
     def takes_extint(self) -> bool:
         """LINT0 lets the 8259's INTR through to the processor."""
@@ -72,8 +75,28 @@ class LocalVectorTable:
         if not lvt & LVT_MASKED:
             self._apic.post(lvt & 0xFF)
 
-    def lint_asserted(self, pin: int) -> None:
-        """The pin has become asserted, or its entry was written while it is."""
+    def raise_moded(self, index: int) -> None:
+        """The source of an entry with a delivery mode (thermal, performance counters, CMCI) wants its interrupt.
+
+        SMI, ExtINT and what is reserved do nothing. Performance counters mask their entry as they interrupt.
+        """
+        lvt = self._regs[index]
+        if lvt & LVT_MASKED:
+            return
+        if index == LVT_PMC:
+            self._regs[index] = lvt | LVT_MASKED
+        mode = lvt >> 8 & 7
+        if mode in (FIXED, NMI, INIT):
+            self._apic.receive(mode, lvt & 0xFF, False)
+
+    def active(self, pin: int) -> bool:
+        """Whether the pin is as its entry's polarity wants it; INTR and NMI themselves are always active high."""
+        lvt = self._regs[LVT_LINT0 + pin]
+        low = lvt & LVT_ACTIVE_LOW and lvt >> 8 & 7 != EXTINT
+        return self.pins[pin] != bool(low)
+
+    def lint_active(self, pin: int) -> None:
+        """The pin has become active, or its entry was written while it is."""
         index = LVT_LINT0 + pin
         lvt = self._regs[index]
         if lvt & LVT_MASKED:
@@ -83,7 +106,7 @@ class LocalVectorTable:
             self._notify()
         elif mode != FIXED:
             self._apic.receive(mode, lvt & 0xFF, False)
-        elif not lvt & LVT_LEVEL:
+        elif not _is_level(index, lvt):
             self._apic.post(lvt & 0xFF)
         elif not lvt & LVT_REMOTE_IRR and self._apic.post(lvt & 0xFF, True):
             self._regs[index] |= LVT_REMOTE_IRR
@@ -95,16 +118,14 @@ class LocalVectorTable:
             lvt = self._regs[index]
             if lvt & LVT_REMOTE_IRR and lvt & 0xFF == vector:
                 self._regs[index] = lvt & ~LVT_REMOTE_IRR
-                if self.pins[pin]:
-                    self.lint_asserted(pin)
+                if self.active(pin):
+                    self.lint_active(pin)
 
     def restore_pins(self, levels: Sequence[bool]) -> None:
         """Set what drives the pins, telling nobody."""
         self.pins[:] = levels
 
 
-LVT_X2APIC_WRITABLE: Final = {
-    index: writable | LVT_DELIVERY_STATUS | (LVT_REMOTE_IRR if writable & LVT_LEVEL else 0)
-    for index, writable in LVT_WRITABLE.items()
-}
-"""In x2APIC mode the read-only bits may be written, the reserved ones not."""
+def _is_level(index: int, lvt: int) -> bool:
+    """Level-triggered: fixed interrupts of LINT0; LINT1 knows edges only."""
+    return bool(lvt & LVT_LEVEL) and index != LVT_LINT1 and lvt >> 8 & 7 == FIXED

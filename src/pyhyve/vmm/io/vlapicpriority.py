@@ -81,7 +81,7 @@ class PlainApicState:
 
     def pending(self) -> int:
         irr = self.irr
-        if not irr or not self.accepting:
+        if not irr:
             return -1
         vector = irr.bit_length() - 1
         return vector if vector & 0xF0 > self.ppr & 0xF0 else -1
@@ -119,11 +119,12 @@ class Priorities:
     called with no lock held.
     """
 
-    __slots__ = ("_lock", "_notify", "state")
+    __slots__ = ("_lock", "_notify", "_spurious", "state")
 
     def __init__(self, notify: Callable[[], None], state: ApicState | None = None) -> None:
         self._notify = notify
         self._lock = threading.RLock()
+        self._spurious = 0xFF
         self.state: Final[ApicState] = PlainApicState() if state is None else state
 
     @property
@@ -174,9 +175,17 @@ class Priorities:
         vector = self.state.pending()
         return None if vector < 0 else vector
 
-    def acknowledge(self, vector: int) -> None:
-        """The vCPU took `vector`: IRR to ISR."""
+    def acknowledge(self, vector: int) -> int:
+        """The vCPU takes `vector`: IRR to ISR. Return the vector to deliver: `vector` itself, or the spurious one,
+        which has no place in ISR, if it is not pending any more. "Spurious Interrupt"."""
+        if not self.state.irr & BIT[vector]:
+            return self._spurious
         self.state.acknowledge(vector)
+        return vector
+
+    def in_hand(self, vector: int) -> bool:
+        """Whether the vector is pending or in service here."""
+        return bool((self.state.irr | self.state.isr) & BIT[vector])
 
     def _notify_if_pending(self) -> None:
         if self.state.pending() >= 0:

@@ -10,7 +10,7 @@ from typing import Final
 from pyhyve.cpu.processor import ApicTimer
 from pyhyve.vmm.io.apicregs import LVT_MASKED
 from pyhyve.vmm.io.deadline import MIN_PERIOD_NS
-from pyhyve.vmm.io.vlapictimer import APIC_BUS_HZ, ONE_SHOT, PERIODIC, TSC_DEADLINE, VlapicTimerV1, divisor
+from pyhyve.vmm.io.vlapictimer import APIC_BUS_HZ, ONE_SHOT, PERIODIC, RESERVED, TSC_DEADLINE, VlapicTimerV1, divisor
 
 _NS: Final = 1_000_000_000
 _MASK64: Final = (1 << 64) - 1
@@ -47,17 +47,25 @@ class ProcessorTimer:
 
     def set_lvt(self, lvt: int) -> None:
         """The LVT entry. Going into or out of TSC-deadline mode disarms."""
-        if (lvt >> 17 & 3 == TSC_DEADLINE) != (self.mode == TSC_DEADLINE):
+        self._settle()
+        mode = lvt >> 17 & 3
+        if (mode == TSC_DEADLINE) != (self.mode == TSC_DEADLINE):
             self._timer.start(0)
+        elif mode == RESERVED:
+            self._timer.deadline = 0
         self._timer.lvt = lvt
 
     def set_initial(self, count: int) -> None:
         """Start from `count` (32 bits), or stop with 0; ignored in TSC-deadline mode."""
+        self._settle()
         if self.mode != TSC_DEADLINE:
             self._timer.start(count)
+        if self.mode == RESERVED:
+            self._timer.deadline = 0
 
     def current(self) -> int:
         """The current count: 0 in TSC-deadline mode and once a one-shot is over."""
+        self._settle()
         deadline, mode = self._timer.deadline, self.mode
         if not deadline or mode == TSC_DEADLINE:
             return 0
@@ -78,8 +86,14 @@ class ProcessorTimer:
 
     def set_tsc_deadline(self, value: int) -> None:
         """See "TSC-Deadline Mode": an absolute time of the guest's TSC; 0 disarms; ignored in the other modes."""
+        self._settle()
         if self.mode == TSC_DEADLINE:
             self._timer.deadline = value
+
+    def read_tsc_deadline(self) -> int:
+        """IA32_TSC_DEADLINE: 0 while nothing is armed."""
+        self._settle()
+        return self.tsc_deadline
 
     def tsc_written(self, delta: int) -> None:
         """The guest has moved its TSC: counts go on as they were, deadlines are for the TSC as it is."""
@@ -105,6 +119,12 @@ class ProcessorTimer:
         if not deadline and state.left is not None:
             deadline = max(1, self._tsc() + state.left * self._tsc_hz // _NS)
         self._timer.deadline = deadline
+
+    def _settle(self) -> None:
+        """What has fallen due comes before what is asked or changed now, also where the alarm is late."""
+        deadline = self._timer.deadline
+        if deadline and deadline <= self._tsc():
+            self._timer.look()
 
     def _set_divide(self, value: int) -> None:
         self.divide = value & 0xB

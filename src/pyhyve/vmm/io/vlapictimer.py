@@ -15,7 +15,7 @@ from pyhyve.vmm.io.deadline import Deadline, next_period
 APIC_BUS_HZ: Final = 1_000_000_000
 """What the timer counts before its divider; CPUID 0x15 (crystal) and 0x40000010 report it."""
 
-ONE_SHOT, PERIODIC, TSC_DEADLINE = 0, 1, 2
+ONE_SHOT, PERIODIC, TSC_DEADLINE, RESERVED = 0, 1, 2, 3
 
 _NS: Final = 1_000_000_000
 _MAX_SLEEP_NS: Final = 1 << 50
@@ -85,27 +85,32 @@ class VlapicTimer:
         return False
 
     def set_mode(self, mode: int) -> None:
-        """LVT bits 18:17. Going into or out of TSC-deadline mode disarms."""
+        """LVT bits 18:17. Going into or out of TSC-deadline mode disarms; the reserved mode does not count."""
+        self._settle()
         with self._lock:
             if (mode == TSC_DEADLINE) != (self.mode == TSC_DEADLINE):
                 self._deadline.clear()
                 self.tsc_deadline = 0
                 self.initial = 0
+            elif mode == RESERVED:
+                self._deadline.clear()
             self.mode = mode
 
     def set_initial(self, count: int) -> None:
         """Start from `count` (32 bits), or stop with 0; ignored in TSC-deadline mode."""
+        self._settle()
         with self._lock:
             if self.mode == TSC_DEADLINE:
                 return
             self.initial = count
-            if count:
+            if count and self.mode != RESERVED:
                 self._deadline.set(self._clock.now() + self._ticks_ns(count))
             else:
                 self._deadline.clear()
 
     def current(self) -> int:
         """The current count: 0 in TSC-deadline mode and once a one-shot is over."""
+        self._settle()
         with self._lock:
             at = self._deadline.at
             if at is None or not self.initial or self.mode == TSC_DEADLINE:
@@ -116,6 +121,11 @@ class VlapicTimer:
             elif left <= 0:
                 return 0
             return -(-left * APIC_BUS_HZ // (_NS * self._divisor))
+
+    def read_tsc_deadline(self) -> int:
+        """IA32_TSC_DEADLINE: 0 while nothing is armed."""
+        self._settle()
+        return self.tsc_deadline
 
     def set_divide(self, value: int) -> None:
         """See "Divide Configuration Register": bits 0, 1 and 3; a running count goes on with the new divisor."""
@@ -129,6 +139,7 @@ class VlapicTimer:
         """See "TSC-Deadline Mode": an absolute time of the guest's TSC; 0 disarms; ignored in the other modes."""
         if self.mode != TSC_DEADLINE:
             return
+        self._settle()
         with self._lock:
             self.tsc_deadline = value
             if not value:
@@ -158,15 +169,33 @@ class VlapicTimer:
     def _wake(self) -> None:
         with self._lock:
             at = self._deadline.at
-            if not self._deadline.due() or at is None:
+            if not self._deadline.due() or at is None or not self._reached(at):
                 return
-            if self.mode == TSC_DEADLINE:
-                if self._arm_tsc():
-                    return
-                self.tsc_deadline = 0
-            elif self.mode == PERIODIC and self.initial:
-                self._deadline.set(next_period(at, self._ticks_ns(self.initial), self._clock.now()))
         self._expired()
+
+    def _settle(self) -> None:
+        """What has fallen due comes before what is asked or changed now, also where the event thread is late."""
+        at = self._deadline.at
+        if at is None or at > self._clock.now():
+            return
+        with self._lock:
+            at = self._deadline.at
+            if at is None or at > self._clock.now():
+                return
+            self._deadline.clear()
+            if not self._reached(at):
+                return
+        self._expired()
+
+    def _reached(self, at: int) -> bool:
+        """The deadline `at`, which is cleared, has come: book the next one; False if the guest's TSC is not there."""
+        if self.mode == TSC_DEADLINE:
+            if self._arm_tsc():
+                return False
+            self.tsc_deadline = 0
+        elif self.mode == PERIODIC and self.initial:
+            self._deadline.set(next_period(at, self._ticks_ns(self.initial), self._clock.now()))
+        return True
 
     def save(self) -> VlapicTimerV1:
         with self._lock:

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 
+import pytest
+
+from pyhyve.base.errors import GuestFault
 from pyhyve.base.fakes import FakeClock, FakeTimers
 from pyhyve.vmm.io.apicbus import ApicBus
-from pyhyve.vmm.io.vlapic import BASE_ENABLED, BASE_X2APIC, MSR_APIC_BASE, Vlapic
+from pyhyve.vmm.io.apicregs import BASE_ENABLED, BASE_X2APIC, MSR_APIC_BASE, ApicFeatures
+from pyhyve.vmm.io.vlapic import Vlapic
 
 TSC_HZ = 2_000_000_000
 
@@ -15,6 +19,7 @@ class Board:
     def __init__(self, start: int = 1_000) -> None:
         self.clock = FakeClock(start)
         self._tsc_from = start
+        self.tsc_offset = 0
         self.timers = FakeTimers(self.clock)
         self.bus = ApicBus()
         self.events: list[tuple[int, str, int]] = []
@@ -22,7 +27,7 @@ class Board:
 
     def tsc(self) -> int:
         """A counter that showed 2,000 when the clock was made: guests take theirs along."""
-        return (self.clock.now() - self._tsc_from + 1_000) * TSC_HZ // 1_000_000_000
+        return (self.clock.now() - self._tsc_from + 1_000) * TSC_HZ // 1_000_000_000 + self.tsc_offset
 
     def _event(self, apic_id: int, name: str) -> Callable[[], None]:
         def happened() -> None:
@@ -32,7 +37,9 @@ class Board:
 
         return happened
 
-    def add(self, apic_id: int, enable: bool = True, x2apic: bool = False) -> Vlapic:
+    def add(
+        self, apic_id: int, enable: bool = True, x2apic: bool = False, features: ApicFeatures | None = None
+    ) -> Vlapic:
         vlapic = Vlapic(
             apic_id,
             self.bus,
@@ -44,6 +51,8 @@ class Board:
             on_init=self._event(apic_id, "init"),
             on_sipi=lambda vector: self.events.append((apic_id, "sipi", vector)),
             on_nmi=self._event(apic_id, "nmi"),
+            on_base=self._event(apic_id, "base"),
+            features=features,
         )
         self.cpus[apic_id] = vlapic
         self.bus.attach(vlapic)
@@ -68,3 +77,10 @@ class Board:
         if vector is not None:
             vlapic.acknowledge(vector)
         return vector
+
+
+def assert_gp(call: Callable[..., object], *args: object) -> None:
+    """The call answers with #GP(0)."""
+    with pytest.raises(GuestFault) as caught:
+        call(*args)
+    assert (caught.value.vector, caught.value.error) == (13, 0)

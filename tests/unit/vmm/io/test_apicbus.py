@@ -102,6 +102,74 @@ def test_lowest_priority_spreads_vectors_over_equals(board):
     assert board.pending() == {0: 0x60, 1: 0x61}
 
 
+def test_lowest_priority_goes_to_the_focus_processor(board):
+    for n in range(3):
+        board.add(n).write(0xD0, 4, 1 << (24 + n))
+    board.cpus[2].post(0x61)
+    board.take(board.cpus[2])
+    board.bus.send_msi(0xFEE0700C, LOWEST_PRIORITY << 8 | 0x61)
+    assert board.cpus[2].irr == 1 << 0x61
+    board.cpus[2].write(0xF0, 4, 0x3FF)  # no focus checking
+    board.cpus[0].cr8 = 1
+    board.bus.send_msi(0xFEE0700C, LOWEST_PRIORITY << 8 | 0x61)
+    assert board.pending() == {1: 0x61}
+
+
+@pytest.mark.seed("S8")
+def test_fixed_interrupts_go_to_all_that_a_redirectable_message_names(board):
+    for n in range(3):
+        board.add(n).write(0xD0, 4, 1 << (24 + n))
+    board.bus.send_msi(0xFEE0600C, 0x61)
+    assert board.pending() == {1: 0x61, 2: 0x61}
+
+
+def test_a_level_message_asserts_and_its_deassertion_is_nothing(board, cpu):
+    board.bus.send_msi(0xFEE00000, 0xC041)
+    assert cpu.tmr == 1 << 0x41
+    assert board.take(cpu) == 0x41
+    board.bus.send_msi(0xFEE00000, 0x8041)
+    assert cpu.irr == 0
+    assert board.bus.dropped == 0
+
+
+def test_reserved_delivery_modes_are_counted_and_dropped(board, cpu):
+    for mode in (3, 6):
+        board.bus.send_msi(0xFEE00000, mode << 8 | 0x41)
+    assert board.bus.dropped == 2
+    board.bus.send_msi(0xFEE00000, SMI << 8)
+    assert board.bus.undelivered == 1
+
+
+def test_an_illegal_vector_in_a_message_is_an_error_received(board, cpu):
+    board.bus.send_msi(0xFEE00000, 0x0F)
+    cpu.write(0x280, 4, 0)
+    assert cpu.read(0x280, 4) == 1 << 6
+
+
+def test_extended_destinations_have_fifteen_bits(board):
+    board.add(0x12C, x2apic=True)
+    board.add(0x2C)
+    board.bus.send_msi(0xFEE2C020, 0x41)
+    assert board.pending() == {0x2C: 0x41}
+    board.bus.extended_ids = True
+    board.bus.send_msi(0xFEE2C020, 0x42)
+    assert board.pending() == {0x2C: 0x41, 0x12C: 0x42}
+    board.bus.send_msi(0xFEE2C030, 0x43)
+    assert board.bus.dropped == 1
+
+
+def test_the_paravirtual_ipi_reaches_the_ids_of_its_bits(board):
+    for n in (0, 1, 5, 70):
+        board.add(n, x2apic=True)
+    assert board.bus.send_to_many(1 << 65 | 1 << 0 | 1 << 9, 5, 0x41) == 2
+    assert board.pending() == {5: 0x41, 70: 0x41}
+    assert board.bus.send_to_many(1, 1, NMI << 8) == 1
+    assert board.names(1)[-1] == "nmi"
+    assert board.bus.send_to_many(0xFFFFFFFF, 0xFFFFFFFF, 0) == 0
+    assert board.bus.send_to_many(1, 0, 1 << 18 | 0x41) < 0
+    assert board.bus.send_to_many(1, 0, 0x541) < 0
+
+
 def test_an_interrupt_for_nobody_is_counted(board, cpu):
     assert board.bus.deliver(9, False, FIXED, 0x41, False) == 0
     assert board.bus.deliver(0, False, SMI, 0, False) == 0

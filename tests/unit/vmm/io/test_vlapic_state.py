@@ -20,7 +20,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("write"), OFFSETS, VALUES),
     st.tuples(st.just("rdmsr"), OFFSETS.map(lambda offset: 0x800 + (offset >> 4))),
     st.tuples(st.just("wrmsr"), OFFSETS.map(lambda offset: 0x800 + (offset >> 4)), VALUES),
-    st.tuples(st.just("mode"), st.sampled_from((0x800, 0xC00, 0, 0x900, 0xD00))),
+    st.tuples(st.just("mode"), st.sampled_from((0x800, 0xC00, 0, 0x900, 0xD00, 0x10800))),
+    st.tuples(st.just("local"), st.sampled_from((0x2F, 0x33, 0x34))),
     st.tuples(st.just("deadline"), st.integers(0, 100_000)),
     st.tuples(st.just("post"), VECTORS, st.booleans()),
     st.tuples(st.just("message"), st.integers(0, 7), VECTORS),
@@ -40,7 +41,10 @@ class ApicBench:
         self.chip = self.board.add(0)
         self.other = self.board.add(1)
         self.save = self.chip.save
-        self.restore = self.chip.restore
+
+    def restore(self, state):
+        self.chip.restore(state)
+        self.board.events.clear()
 
     def apply(self, operation):
         name, *arguments = operation
@@ -52,7 +56,7 @@ class ApicBench:
         # A chip that does not run any more may have been asked to notify once more, or once less.
         heard = [event for event in self.board.events if event[1] != "notify"]
         self.board.events.clear()
-        return answer, heard, chip.pending_vector(), chip.ppr, chip.cr8, chip.base_msr, chip.extint_enabled()
+        return answer, heard, chip.pending_vector(), chip.ppr, chip.cr8, chip.base_msr, chip.page, chip.extint_enabled()
 
     def read(self, offset):
         return self.chip.read(offset, 4)
@@ -82,6 +86,9 @@ class ApicBench:
 
     def lint(self, pin, asserted):
         self.chip.lint(pin, asserted)
+
+    def local(self, entry):
+        self.chip.local_interrupt(entry)
 
     def take(self):
         return self.board.take(self.chip)

@@ -177,3 +177,63 @@ def test_a_restored_tsc_deadline_that_has_passed_fires(board, timer):
     timer.restore(state)
     board.timers.advance(0)
     assert timer.pending_vector() == 0xEC
+
+
+@pytest.mark.parametrize("jump", [10_000_000, -1_000_000])
+def test_a_deadline_moves_when_the_guest_writes_its_counter(board, timer, jump):
+    """The deadline is a value of the counter, so a jump forward over it fires, and one back postpones it."""
+    timer.write(0x320, 4, 0x40031)
+    timer.wrmsr(0x6E0, board.tsc() + 1_000_000)
+    board.tsc_offset += jump
+    timer.tsc_written(jump)
+    assert board.take(timer) == (0x31 if jump > 0 else None)
+    board.timers.advance(500_000)
+    assert board.take(timer) is None
+    board.timers.advance(500_001)
+    assert board.take(timer) == (None if jump > 0 else 0x31)
+
+
+def test_the_reserved_timer_mode_does_not_count(board, timer):
+    timer.write(0x320, 4, 0x31)
+    timer.write(0x380, 4, 1_000)
+    timer.write(0x320, 4, 0x60031)
+    timer.write(0x380, 4, 1_000)
+    board.timers.advance(1_000_000)
+    assert board.take(timer) is None
+    assert timer.read(0x390, 4) == 0
+
+
+def test_a_one_shot_that_is_over_does_not_begin_anew_as_a_periodic_timer(board, timer):
+    """Also where the event thread has not come to it yet."""
+    timer.write(0x320, 4, 0x31)
+    timer.write(0x380, 4, 1_000)
+    board.clock.time += 1_000_000
+    timer.write(0x320, 4, 0x20032)
+    assert timer.read(0x390, 4) == 0
+    assert board.take(timer) is not None
+    board.timers.advance(1_000_000)
+    assert board.take(timer) is None
+
+
+@pytest.mark.parametrize("look", ["count", "deadline"])
+def test_a_guest_that_sees_the_timer_at_its_end_finds_the_interrupt(board, timer, look):
+    timer.write(0x320, 4, 0x40031 if look == "deadline" else 0x31)
+    if look == "deadline":
+        timer.wrmsr(0x6E0, board.tsc() + 1_000)
+    else:
+        timer.write(0x380, 4, 1_000)
+    board.clock.time += 1_000_000
+    assert (timer.rdmsr(0x6E0) if look == "deadline" else timer.read(0x390, 4)) == 0
+    assert timer.irr == 1 << 0x31
+    assert board.take(timer) == 0x31
+    timer.write(0xB0, 4, 0)
+    board.timers.advance(1_000_000)
+    assert board.take(timer) is None
+
+
+def test_an_interrupt_that_is_due_is_not_lost_to_a_new_count(board, timer):
+    timer.write(0x320, 4, 0x31)
+    timer.write(0x380, 4, 1_000)
+    board.clock.time += 1_000_000
+    timer.write(0x380, 4, 50_000)
+    assert board.take(timer) == 0x31
