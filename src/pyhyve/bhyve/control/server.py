@@ -44,6 +44,7 @@ _SHARE: Final = 9
 """Times as long as a call made it stand still, the guest runs before the next."""
 _MAX_REST_S: Final = 1.0
 _NO_FILES_S: Final = 1.0
+_MOST_FAILURES: Final = 16
 _DIRECT_PATH: Final = 100
 """sun_path has 108 bytes; longer paths go by a descriptor of the directory."""
 _TRUSTED: Final = (0,)
@@ -80,6 +81,8 @@ class ControlNode:
     def __init__(self, directory: Path, name: str, methods: Mapping[str, Method]) -> None:
         self.path = node_path(directory, name)
         self.methods = methods
+        self.failures = 0
+        """Bugs of the node's own that its thread has met."""
         self._clients: dict[int, _Client] = {}
         self._waiting: deque[tuple[_Client, Call]] = deque()
         self._not_before = 0.0
@@ -144,19 +147,30 @@ class ControlNode:
     # -- the thread ----------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closing:
-            for key, events in self._selector.select(self._patience()):
-                if key.fileobj is self._socket:
-                    self._accept()
-                elif key.data is not None:
-                    self._serve(key.data, events)
-            if self._closing:
-                return
-            # A call each, so that nobody's flood keeps the others waiting.
-            for client in list(self._clients.values()):
-                self._take_call(client)
-            self._run_waiting()
-            self._expire()
+        while not self._closing and self.failures < _MOST_FAILURES:
+            try:
+                self._turn()
+            except Exception:
+                # A bug here costs the clients their connections, and the guest nothing.
+                self.failures += 1
+                self._waiting.clear()
+                for client in list(self._clients.values()):
+                    self._drop(client)
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        for key, events in self._selector.select(self._patience()):
+            if key.fileobj is self._socket:
+                self._accept()
+            elif key.data is not None:
+                self._serve(key.data, events)
+        if self._closing:
+            return
+        # A call each, so that nobody's flood keeps the others waiting.
+        for client in list(self._clients.values()):
+            self._take_call(client)
+        self._run_waiting()
+        self._expire()
 
     def _patience(self) -> float | None:
         """How long there is nothing to do, unless somebody writes; None: for ever."""

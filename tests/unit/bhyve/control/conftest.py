@@ -1,7 +1,6 @@
 """A control node of a few methods of the tests' own, and clients without manners."""
 
-import json
-import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,45 +8,13 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from wires import Wire
+
 from pyhyve.base.errors import UsageError
 from pyhyve.bhyve.control.rpc import Method, Parameter
 from pyhyve.bhyve.control.server import ControlNode
-
-TIMEOUT_S = 30.0
-
-
-class Wire:
-    """A connection, by bytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(TIMEOUT_S)
-        self.socket.connect(str(path))
-        self.reader = self.socket.makefile("rb")
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def line(self) -> dict:
-        line = self.reader.readline()
-        assert line.endswith(b"\n"), line
-        return json.loads(line)
-
-    def ask(self, method: str, **params: object) -> dict:
-        document = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-        self.send(json.dumps(document).encode() + b"\n")
-        return self.line()
-
-    def ended(self) -> bool:
-        """Wait for the other side to close."""
-        try:
-            return self.reader.read(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def close(self) -> None:
-        self.reader.close()
-        self.socket.close()
 
 
 class Served:
@@ -94,6 +61,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     made = Served(tmp_path)
     yield made
     assert made.node._thread.is_alive(), "a client has ended the node's thread"
+    assert made.node.failures == 0
     made.node.close()
     assert not made.node.path.exists()
 

@@ -8,6 +8,7 @@ import stat
 import time
 
 import pytest
+from wires import Wire
 
 from pyhyve.base.errors import HostError
 from pyhyve.base.wire import (
@@ -244,3 +245,19 @@ def test_place_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "vmm").write_text("")
     with pytest.raises(HostError, match="cannot make the control node"):
         ControlNode(tmp_path, "web", {})
+
+
+def test_bug_of_the_node_costs_its_clients_only(tmp_path, monkeypatch):
+    node = ControlNode(tmp_path, "web", {})
+    node.start()
+    first = Wire(node.path)
+    monkeypatch.setattr(node, "_serve", lambda client, events: 1 // 0)
+    first.send(b"{}\n")
+    assert first.ended()
+    monkeypatch.undo()
+    second = Wire(node.path)
+    assert code(second.ask("nothing")) == METHOD_NOT_FOUND
+    assert node.failures == 1
+    first.close()
+    second.close()
+    node.close()
