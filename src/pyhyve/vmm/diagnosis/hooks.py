@@ -66,8 +66,7 @@ def _hand_over(vm: Vm, vcpu: Vcpu, vlapic: Vlapic) -> Callable[[], None]:
 def _move_timer(vlapic: Vlapic, source: VlapicTimer | ProcessorTimer, target: VlapicTimer | ProcessorTimer) -> None:
     saved = source.save()
     source.reset()
-    target.restore(saved)
-    target.set_lvt(vlapic._regs[LVT_TIMER])
+    target.restore(saved, vlapic._regs[LVT_TIMER])
     vlapic._timer = target
 
 

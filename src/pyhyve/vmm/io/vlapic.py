@@ -416,7 +416,8 @@ class Vlapic(Priorities):
             self._update_accepting()
             if not value & SVR_ENABLED:
                 self._lvt.mask_all()
-                self._timer.set_lvt(self._regs[LVT_TIMER])
+        if not value & SVR_ENABLED:
+            self._timer.set_lvt(self._regs[LVT_TIMER])
 
     def _write_esr(self, value: int) -> None:
         """A write latches what has happened since the last one; reads give the latched bits."""
@@ -484,8 +485,7 @@ class Vlapic(Priorities):
             self._errors = saved.errors
             self._lvt.restore_pins(saved.lint)
             self._extint_latched = saved.extint_latched
-            self._timer.restore(saved.timer)
-            self._timer.set_lvt(self._regs[LVT_TIMER])
+            self._timer.restore(saved.timer, saved.regs[LVT_TIMER])
             self._update_accepting()
             self._answer_to_id()
         self._on_base()

@@ -110,9 +110,9 @@ class ProcessorTimer:
         left = (deadline - self._tsc()) * _NS // self._tsc_hz if deadline else None
         return VlapicTimerV1(self.mode, self.initial, self.divide, self.tsc_deadline, left)
 
-    def restore(self, state: VlapicTimerV1) -> None:
-        """The guest's TSC must have been restored before; the LVT entry is set behind it."""
-        self._timer.lvt = LVT_MASKED | state.mode << 17
+    def restore(self, state: VlapicTimerV1, lvt: int) -> None:
+        """The guest's TSC must have been restored before."""
+        self._timer.lvt = lvt
         self._set_divide(state.divide)
         self._timer.start(state.initial)
         deadline = state.tsc_deadline

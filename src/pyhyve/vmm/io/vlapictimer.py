@@ -203,8 +203,8 @@ class VlapicTimer:
             left = None if at is None else at - self._clock.now()
             return VlapicTimerV1(self.mode, self.initial, self.divide, self.tsc_deadline, left)
 
-    def restore(self, state: VlapicTimerV1) -> None:
-        """The guest's TSC must have been restored before."""
+    def restore(self, state: VlapicTimerV1, lvt: int) -> None:
+        """The guest's TSC must have been restored before; the mode is that of the LVT entry."""
         with self._lock:
             self._deadline.clear()
             self.mode = state.mode
