@@ -88,8 +88,9 @@ def _traced_vlapic(trace: InterruptTrace, index: int) -> type:
             super().accept(vector, level)
 
         def acknowledge(self, vector: int) -> int:
-            trace.delivered(index, vector)
-            return super().acknowledge(vector)
+            taken = super().acknowledge(vector)
+            trace.delivered(index, taken)
+            return taken
 
         def acknowledge_extint(self) -> int | None:
             vector = super().acknowledge_extint()

@@ -14,6 +14,7 @@ from pyhyve.vmm.diagnosis.processor import (
 )
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, LOWEST_PRIORITY, NMI
+from pyhyve.vmm.io.apicregs import SVR, SVR_EOI_SUPPRESSED
 from pyhyve.vmm.io.vioapic import RTE_ACTIVE_LOW, RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
 
 _MOST_SHOWN = 16
@@ -160,6 +161,12 @@ def _remote_irr_stage(state: PinState) -> Stage:
             f"I/O APIC pin {state.pin} waits for an EOI of vector {state.vector:#x} (remote IRR), which no local APIC "
             "has pending or in service: that EOI is lost"
         )
+        quiet = [cpu.label for cpu in state.targets if cpu.vlapic.regs[SVR] & SVR_EOI_SUPPRESSED]
+        if quiet:
+            reason = (
+                f"I/O APIC pin {state.pin} waits for its own EOI register to be written with vector {state.vector:#x} "
+                f"(remote IRR): {', '.join(quiet)} does not broadcast EOIs (SVR bit 12)"
+            )
     return Stage("I/O APIC remote IRR", "set" if waiting else "clear", reason, {"entry": state.entry})
 
 

@@ -18,12 +18,12 @@ SVR, TPR, EOI, LDR, DFR = 0xF0, 0x80, 0xB0, 0xD0, 0xE0
 class Bench:
     """IRQ `n` is wired to both controllers; the local APICs are on, as firmware leaves the first; interrupts are on."""
 
-    def __init__(self, vm: Vm, processor: FakeProcessor) -> None:
+    def __init__(self, vm: Vm, processor: FakeProcessor, pins: int = 24) -> None:
         self.vm = vm
         self.backends = processor.vcpus
         self.vlapics = [vcpu.vlapic for vcpu in vm.vcpus]
         bootstrap = self.lapic(0)
-        self.ioapic = Vioapic(vm.apic_bus, 0, 24)
+        self.ioapic = Vioapic(vm.apic_bus, 0, pins)
         vm.apic_bus.attach_ioapic(self.ioapic)
         self.pic = Vatpic(lambda level: bootstrap.lint(0, level))
         vm.attach_pic(self.pic)

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from fake_processor import IF
+from switchboard import Bench, spin
 
 from pyhyve.base.errors import UsageError
 from pyhyve.base.explanation import Explanation
@@ -100,6 +101,17 @@ def test_remote_irr_whose_eoi_is_lost(bench):
     bench.lapic(0).init()  # forgets what it had
     bench.lapic(0).write(SVR, 4, 0x1FF)
     held(bench.explain(4), "I/O APIC remote IRR", "that EOI is lost")
+
+
+def test_remote_irr_while_eois_are_not_broadcast(make_vm):
+    vm, processor = make_vm(spin)
+    bench = Bench(vm, processor, pins=32)  # with an EOI register
+    bench.lapic(0).write(SVR, 4, 0x11FF)
+    bench.route(4, LEVEL | VECTOR)
+    bench.irq[4].set_level(True)
+    bench.take()
+    bench.lapic(0).write(EOI, 4, 0)
+    held(bench.explain(4), "I/O APIC remote IRR", "its own EOI register", "vCPU 0 does not broadcast EOIs")
 
 
 def test_level_in_service_is_no_lost_eoi(bench):
