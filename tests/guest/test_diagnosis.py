@@ -1,6 +1,7 @@
 """A running guest is asked why its interrupts do not come, through vmmctl."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,8 @@ def test_trace_of_a_whole_run(command: CommandLine, guest_image: GuestImage) -> 
     assert sum(each["count"] for each in latency["services"].values()) > taken // 2  # the 8259s' have no EOI here
     document = json.loads(command.run("trace", "convert", file).stdout)
     assert {each["ph"] for each in document["traceEvents"]} >= {"X", "b", "e", "M"}
+    shown = command.run("run", *guest, "--stats", "--trace", "interrupts", "--trace-file", file, timeout=90)
+    assert re.search(r"^vector 0xec, from source to vCPU: [0-9,]+: min ", shown.stderr, re.MULTILINE)
     alone = command.run("run", *guest, "--trace", "interrupts")
     assert alone.complaint == "--trace: not by itself; add --trace-file FILE"
     nowhere = command.run("run", *guest, "--trace", "interrupts", "--trace-file", "/nowhere/x")

@@ -15,6 +15,7 @@ from pyhyve.bhyve.console import Console, Quit
 from pyhyve.bhyve.console.stdio import StdioConsole
 from pyhyve.bhyve.machine import Machine
 from pyhyve.bhyve.outcome import Outcome, OutcomeKind
+from pyhyve.vmm.diagnosis.trace import InterruptTrace
 
 _QUIT_STATUS: Final = {Quit.KEY: 0, Quit.CLOSED: 129, Quit.TERMINATED: 143}
 
@@ -47,7 +48,7 @@ def run_machine(
     if as_json:
         _print_json(machine.name, outcome, figures, status)
     else:
-        _print_outcome(outcome, figures)
+        _print_outcome(outcome, figures, trace)
     return status
 
 
@@ -97,9 +98,12 @@ def _print_json(name: str, outcome: Outcome, figures: Mapping[str, object] | Non
     say(json.dumps(document), sys.stdout)
 
 
-def _print_outcome(outcome: Outcome, figures: Mapping[str, object] | None) -> None:
+def _print_outcome(outcome: Outcome, figures: Mapping[str, object] | None, trace: InterruptTrace | None) -> None:
     if figures is not None:
-        say(table(figures), sys.stderr)
+        # A trace has a better text than its figures in a table.
+        say(table({name: value for name, value in figures.items() if name != "interrupt_latency"}), sys.stderr)
+        if trace is not None:
+            say(f"interrupt latency:\n{trace}", sys.stderr)
     say(f"pyhyve: {outcome}", sys.stderr)
     if outcome.report:
         say(outcome.report, sys.stderr)

@@ -48,7 +48,13 @@ def latency(client: Client, as_json: bool) -> str:
 def describe(client: Client, as_json: bool) -> str:
     description = client.describe()
     fields = {name: getattr(description, name) for name in description.__slots__}
-    return _json(fields) if as_json else "\n".join(f"{name.replace('_', ' '):<12}{fields[name]}" for name in fields)
+    return (
+        _json(fields)
+        if as_json
+        else "\n".join(
+            f"{name.replace('_', ' '):<12}{value if value is not None else '-'}" for name, value in fields.items()
+        )
+    )
 
 
 def _json(document: Mapping[str, object]) -> str:
