@@ -250,3 +250,74 @@ def test_a_huge_count_lets_interrupts_in(guest: Guest) -> None:
     count = (1 << 64) - 1 - guest.cpu.get("r8")
     assert count == len(guest.ports.written)
     assert 5000 <= count <= 5000 + 1024
+
+
+# --- the local APIC's page -------------------------------------------------------------------------------------------
+
+
+def base(value: int) -> str:
+    """Write IA32_APIC_BASE."""
+    return f"mov ecx, 0x1b; mov eax, {value:#x}; xor edx, edx; wrmsr"
+
+
+def test_the_local_apics_page_moves_with_its_base(guest: Guest) -> None:
+    guest.done(f"""
+        mov rbx, {APIC}
+        mov r8d, [rbx + 0x30]
+        {base(APIC + 0x1_0900)}
+        mov r9d, [rbx + 0x30]; mov r10d, [rbx + 0x10030]
+        {base(APIC + 0x100)}
+        mov r11d, [rbx + 0x10030]
+        {base(APIC + 0x900)}
+        mov r12d, [rbx + 0x30]""")
+    version = guest.cpu.get("r8")
+    assert version & 0xFF == 0x14
+    assert [guest.cpu.get(f"r{n}") for n in range(9, 13)] == [0xFFFF_FFFF, version, 0xFFFF_FFFF, version]
+
+
+def test_the_local_apics_page_hides_the_memory_below_it(guest: Guest, engine: str) -> None:
+    if engine == "kvm":
+        pytest.skip("KVM's memory is the whole VM's: it shows there")
+    guest.put(0x30_0030, 0x1234_5678)
+    guest.done(f"""
+        mov rbx, 0x300000
+        mov r8d, [rbx + 0x30]
+        {base(0x30_0900)}
+        mov r9d, [rbx + 0x30]; mov dword ptr [rbx + 0x80], 0x50; mov r10, cr8
+        {base(APIC + 0x900)}
+        mov r11d, [rbx + 0x30]; mov r12d, [rbx + 0x80]""")
+    assert [guest.cpu.get(f"r{n}") for n in (8, 10, 11, 12)] == [0x1234_5678, 5, 0x1234_5678, 0]
+    assert guest.cpu.get("r9") & 0xFF == 0x14
+
+
+def test_cpuid_reports_the_local_apic_while_it_is_on(guest: Guest) -> None:
+    show = "mov eax, 1; cpuid; shr edx, 9; and edx, 1; mov"
+    guest.done(f"""
+        {show} r8d, edx
+        {base(APIC + 0x100)}
+        {show} r9d, edx
+        {base(APIC + 0x900)}
+        {show} r10d, edx""")
+    assert [guest.cpu.get(f"r{n}") for n in range(8, 11)] == [1, 0, 1]
+
+
+def test_the_instruction_behind_sti_comes_before_an_interrupt_wherever_it_has_to_go(guest: Guest) -> None:
+    """To memory that nobody has touched yet, to a device; in a block of its own, and among others."""
+    guest.handle(0x41, "cmp r10, [rsp]; jne 1f; inc r9; 1: inc r8; mov dword ptr [rbx + 0xb0], 0; iretq")
+    guest.done(f"""
+        mov rbx, {APIC}
+        mov dword ptr [rbx + 0xf0], 0x1ff
+        mov esi, 0x210000
+        mov r12d, 3
+    1:  mov dword ptr [rbx + 0x300], 0x44041                    # to itself
+        lea r10, [rip + 2f]; add rsi, 0x1000
+        sti
+    2:  mov al, [rsi]
+        nop; cli
+        mov dword ptr [rbx + 0x300], 0x44041
+        lea r10, [rip + 3f]
+        sti
+    3:  mov eax, [rbx + 0x30]
+        nop; cli
+        dec r12d; jnz 1b""")
+    assert (guest.cpu.get("r8"), guest.cpu.get("r9")) == (6, 0)
