@@ -16,7 +16,9 @@ cdef class Registers:
     cdef kvm_regs regs
     cdef kvm_sregs sregs
     cdef bint have_regs, have_sregs, dirty_regs, dirty_sregs
-    cdef __u64* field[24]        # by the contract's names: GPR_NAMES, rip, rflags, cr0, cr2, cr3, cr4, efer, apic_base
+    cdef __u64* field[23]        # by the contract's names: GPR_NAMES, rip, rflags, cr0, cr2, cr3, cr4, efer
+    cdef uint64_t apic_base      # KVM, which has no local APIC here, only shows bit 11 in CPUID
+    cdef bint dirty_apic_base
     cdef kvm_segment* segment[8]
     cdef int64_t tsc_offset
     cdef int error               # errno of what KVM refused last

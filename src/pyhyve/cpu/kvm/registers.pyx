@@ -21,10 +21,11 @@ cdef extern from *:
     uint64_t rdtsc "__rdtsc"() nogil
 
 cdef enum:
+    X2APIC_MODE = 1 << 10
     F_SREGS = 18                 # Registers.field: from here on it is what KVM_GET_SREGS brings
 
 cdef dict FIELD = {name: index for index, name in enumerate(
-    (*GPR_NAMES, "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer", "apic_base"))}
+    (*GPR_NAMES, "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "efer"))}
 cdef dict DEBUG = {"dr0": 0, "dr1": 1, "dr2": 2, "dr3": 3, "dr6": 6, "dr7": 7}
 cdef dict MSR = {
     "star": 0xC0000081, "lstar": 0xC0000082, "cstar": 0xC0000083, "sfmask": 0xC0000084, "kernel_gs_base": 0xC0000102,
@@ -69,7 +70,6 @@ cdef class Registers:
         self.field[20] = &s.cr3
         self.field[21] = &s.cr4
         self.field[22] = &s.efer
-        self.field[23] = <__u64*>&s.apic_base
         self.segment[0] = &s.es
         self.segment[1] = &s.cs
         self.segment[2] = &s.ss
@@ -138,6 +138,11 @@ cdef class Registers:
 
     cdef bint _write_registers(self) except -1:
         """Bring changed registers into KVM. False, with `text`, if it refuses them."""
+        if self.dirty_apic_base:
+            self._load_sregs()
+            self.sregs.apic_base = self.apic_base & ~<uint64_t>X2APIC_MODE
+            self.dirty_sregs = True
+            self.dirty_apic_base = False
         if self.dirty_sregs:
             # What KVM has pending it keeps; a bit here would make it pending again.
             memset(self.sregs.interrupt_bitmap, 0, sizeof(self.sregs.interrupt_bitmap))
@@ -171,6 +176,8 @@ cdef class Registers:
         self._alive()
         if name == "cr8":
             return self.page.cr8 & 0xF
+        if name == "apic_base":
+            return self.apic_base
         number = MSR.get(name)
         if number is not None:
             return self._get_msr(number)
@@ -192,6 +199,15 @@ cdef class Registers:
         cdef kvm_xcrs xcrs
         cdef int index
         cdef uint64_t word = value & 0xFFFFFFFFFFFFFFFF
+        if name == "cr8" or name == "apic_base":
+            # A WRMSR that is not completed yet may change these two: they are for the next entry.
+            self._alive()
+            if name == "cr8":
+                self.page.cr8 = word & 0xF
+            else:
+                self.apic_base = word
+                self.dirty_apic_base = True
+            return
         self._before_change()
         number = FIELD.get(name)
         if number is not None:
@@ -205,9 +221,7 @@ cdef class Registers:
             self.field[index][0] = word
             return
         number = MSR.get(name)
-        if name == "cr8":
-            self.page.cr8 = word & 0xF
-        elif number is not None:
+        if number is not None:
             self._set_msr(number, word)
         elif name == "tsc_offset":
             self._set_tsc_offset(<int64_t>word)

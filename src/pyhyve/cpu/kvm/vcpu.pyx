@@ -186,8 +186,8 @@ cdef class Vcpu(Registers):
             return self._present_io()
         if self.state == OPEN_MSR:
             self._cancel_msr()
-        if self.state != IDLE and self.event and not self.deferred:
-            self._settle()                # an event comes behind the instruction, so finish that first
+        if self.state != IDLE and (self.event or self.dirty_apic_base) and not self.deferred:
+            self._settle()                # this comes behind the instruction, so finish that first
         if self.deferred:
             self.deferred = False
             result = self._decode()
