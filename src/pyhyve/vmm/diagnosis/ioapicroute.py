@@ -15,7 +15,15 @@ from pyhyve.vmm.diagnosis.processor import (
 from pyhyve.vmm.diagnosis.snapshot import Snapshot
 from pyhyve.vmm.io.apicbus import EXTINT, FIXED, LOWEST_PRIORITY, NMI
 from pyhyve.vmm.io.apicregs import SVR, SVR_EOI_SUPPRESSED
-from pyhyve.vmm.io.vioapic import RTE_ACTIVE_LOW, RTE_LEVEL, RTE_LOGICAL, RTE_MASKED, RTE_REMOTE_IRR, RTE_VECTOR
+from pyhyve.vmm.io.vioapic import (
+    RTE_ACTIVE_LOW,
+    RTE_LEVEL,
+    RTE_LOGICAL,
+    RTE_MASKED,
+    RTE_REMOTE_IRR,
+    RTE_VECTOR,
+    destination,
+)
 
 _MOST_SHOWN = 16
 """Of destinations: a broadcast may have hundreds."""
@@ -171,7 +179,7 @@ def _remote_irr_stage(state: PinState) -> Stage:
 
 
 def _destination_stage(snapshot: Snapshot, state: PinState) -> Stage:
-    dest = state.entry >> 56
+    dest = destination(state.entry)
     logical = bool(state.entry & RTE_LOGICAL)
     kind = "logical" if logical else "physical"
     everyone = [cpu.destination() for cpu in cpus(snapshot)[:_MOST_SHOWN]]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pyhyve.vmm.io.vatpic import Vatpic, VatpicV1
-from pyhyve.vmm.io.vioapic import RTE_LOGICAL, Vioapic, VioapicV1
+from pyhyve.vmm.io.vioapic import RTE_LOGICAL, Vioapic, VioapicV1, destination
 from pyhyve.vmm.io.vlapic import Vlapic, VlapicV1
 from pyhyve.vmm.vcpu import HALTED, STATE_NAMES, Vcpu
 from pyhyve.vmm.vm import State, Vm
@@ -77,7 +77,7 @@ def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) 
                 ioapic=ioapic,
                 active=tuple(vioapic.active(pin) for pin in range(vioapic.pins)),
                 targets=tuple(
-                    tuple(target.apic_id for target in bus.targets(entry >> 56, bool(entry & RTE_LOGICAL)))
+                    tuple(target.apic_id for target in bus.targets(destination(entry), bool(entry & RTE_LOGICAL)))
                     for entry in ioapic.entries
                 ),
                 pic=vatpic.save(),

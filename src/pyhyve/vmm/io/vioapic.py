@@ -43,10 +43,18 @@ RTE_LEVEL: Final = 1 << 15
 RTE_MASKED: Final = 1 << 16
 RTE_RESET: Final = RTE_MASKED
 _RTE_WRITABLE: Final = 0xFF000000_0001AFFF
+_RTE_EXTENDED: Final = 0x7F << 49
+"""Bits 14 to 8 of the destination, where messages have such: Linux Documentation/virt/kvm/x86/cpuid.rst,
+KVM_FEATURE_MSI_EXT_DEST_ID."""
 _POLARITY_BIT: Final = 13
 _MODES: Final = frozenset((FIXED, LOWEST_PRIORITY, SMI, NMI, INIT, EXTINT))
 """Delivery modes that are not reserved."""
 _ID_MASK: Final = 0xF
+
+
+def destination(entry: int) -> int:
+    """The destination that a redirection entry names: 0 to 255, with extended ids to 32,767."""
+    return entry >> 56 | entry >> 41 & 0x7F00
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +170,7 @@ class Vioapic:
         """
         old = self._entries[pin]
         was_active = self.active(pin)
-        writable = _RTE_WRITABLE & mask
+        writable = (_RTE_WRITABLE | (_RTE_EXTENDED if self._bus.extended_ids else 0)) & mask
         new = old & ~writable | value & writable
         if not new & RTE_LEVEL:
             new &= ~RTE_REMOTE_IRR
@@ -195,7 +203,7 @@ class Vioapic:
         if level:
             # Before delivery, so that an EOI that follows at once finds it.
             self._entries[pin] = entry | RTE_REMOTE_IRR
-        accepted = self._bus.deliver(entry >> 56, bool(entry & RTE_LOGICAL), mode, entry & RTE_VECTOR, level)
+        accepted = self._bus.deliver(destination(entry), bool(entry & RTE_LOGICAL), mode, entry & RTE_VECTOR, level)
         if level and not accepted:
             self._entries[pin] &= ~RTE_REMOTE_IRR
 

@@ -79,6 +79,7 @@ LEVELS = st.tuples(st.just("level"), st.integers(0, 5), st.booleans())
 
 
 class Ioapic(Bench):
+    extended_ids = True
     PINS = (1, 4, 4, 20, 20, 31)
     OPERATIONS = operations(
         st.sampled_from((0x00, 0x10, 0x40)),

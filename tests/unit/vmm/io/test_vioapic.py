@@ -243,6 +243,19 @@ def test_the_entry_names_destination_and_mode(board, cpu, ioapic):
     assert "nmi" in board.names(1)
 
 
+def test_an_entry_has_a_destination_of_15_bits_where_the_guest_was_told_of_them(board, cpu, ioapic):
+    board.add(0x1203, x2apic=True)
+    put(ioapic, 0x13, 0xFFFFFFFF)
+    assert ioapic.entry(1) >> 32 == 0xFF000000
+    board.bus.extended_ids = True
+    put(ioapic, 0x13, 0xFFFFFFFF)
+    assert ioapic.entry(1) >> 32 == 0xFFFE0000
+    put(ioapic, 0x13, 0x03 << 24 | 0x12 << 17)
+    put(ioapic, 0x12, 0x41)
+    ioapic.pin(1).pulse()
+    assert board.pending() == {0x1203: 0x41}
+
+
 # -- levels
 
 
@@ -398,6 +411,8 @@ OPERATIONS = st.one_of(
 
 class Accepting:
     """A bus on which somebody accepts everything."""
+
+    extended_ids = False
 
     def __init__(self):
         self.sent = 0
