@@ -101,3 +101,10 @@ def test_table_has_a_row_for_each_test():
     }
     assert kut.table(records).splitlines()[2] == "| first | 1/0/0 ok | 0/1/0 failed | 1 |"
     assert kut.Test("x", Path("x")).memory == "128M"
+
+
+def test_a_bug_of_the_monitors_is_no_pass_though_its_exit_status_is_the_same():
+    ended = kut.run(
+        [sys.executable, "-c", "print('PASS: one'); print('pyhyve: error: a bug'); raise SystemExit(1)"], 20
+    )
+    assert ended.status == "error"

@@ -281,7 +281,7 @@ class Vlapic(Priorities):
         if self.page < 0:
             return (1 << (8 * size)) - 1
         index = offset >> 4
-        if offset & 0xC or not _XAPIC_READABLE >> index & 1 or (index == LVT_CMCI and not self._features.cmci):
+        if offset & 0xC or not _XAPIC_READABLE >> index & 1 or self._is_absent(index):
             self.error(ESR_ILLEGAL_REGISTER)
             return 0
         handler = _READ[index]
@@ -296,7 +296,7 @@ class Vlapic(Priorities):
             return
         index = offset >> 4
         handler = None if offset & 0xF else _XAPIC_WRITE[index]
-        if handler is None or (index == LVT_CMCI and not self._features.cmci):
+        if handler is None or self._is_absent(index):
             self.error(ESR_ILLEGAL_REGISTER)
         else:
             handler(self, value & 0xFFFFFFFF)
@@ -307,7 +307,7 @@ class Vlapic(Priorities):
         """IA32_APIC_BASE, IA32_TSC_DEADLINE or an x2APIC register; GuestFault(13, 0) where hardware gives #GP."""
         if self._x2apic and MSR_X2APIC_FIRST <= msr <= MSR_X2APIC_LAST:
             index = msr - MSR_X2APIC_FIRST
-            if _X2APIC_READABLE >> index & 1 and (index != LVT_CMCI or self._features.cmci):
+            if _X2APIC_READABLE >> index & 1 and not self._is_absent(index):
                 handler = _READ[index]
                 value = self._regs[index] if handler is None else handler(self)
                 return value if index != ICR_LOW else value | self.state.icr_high << 32
@@ -325,7 +325,7 @@ class Vlapic(Priorities):
         if self._x2apic and MSR_X2APIC_FIRST <= msr <= MSR_X2APIC_LAST:
             index = msr - MSR_X2APIC_FIRST
             handler = _X2APIC_WRITE[index]
-            if handler is None or value & self._x2apic_reserved[index]:
+            if handler is None or value & self._x2apic_reserved[index] or self._is_absent(index):
                 raise GuestFault(13, 0)
             handler(self, value)
         elif msr == MSR_TSC_DEADLINE and self._features.tsc_deadline:
@@ -334,6 +334,10 @@ class Vlapic(Priorities):
             self._write_base(value)
         else:
             raise GuestFault(13, 0)
+
+    def _is_absent(self, index: int) -> bool:
+        """A register that only some local APICs have."""
+        return index == LVT_CMCI and not self._features.cmci
 
     def _write_base(self, value: int) -> None:
         """Change the mode, or move the page. "x2APIC State Transitions".

@@ -213,6 +213,7 @@ def test_without_cmci_there_is_one_entry_less(board):
     assert vlapic.read(0x280, 4) == 1 << 7
     vlapic.wrmsr(APIC_BASE, X2APIC | 0x100)
     assert_gp(vlapic.rdmsr, 0x82F)
+    assert_gp(vlapic.wrmsr, 0x82F, 0)
     assert_gp(vlapic.wrmsr, 0x82F, 0x10000)
     assert_gp(vlapic.wrmsr, 0x80F, 0x11FF)
 
