@@ -33,6 +33,7 @@ ENVIRONMENT: Final = "QEMU_ACCEL=tcg\nERRATA_FORCE=y\n"
 PASSED: Final = 1
 """The exit status of a run whose tests all passed: 0 to the exit port."""
 _RESULT: Final = re.compile(r"^(PASS|FAIL|SKIP|XFAIL|XPASS): (.*?)\s*$", re.MULTILINE)
+_ERROR: Final = re.compile(r"^pyhyve: error: ", re.MULTILINE)
 _VARIES: Final = re.compile(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b")
 
 
@@ -61,7 +62,7 @@ class Test:
 
 @dataclass
 class Result:
-    """How a run ended: "ok", "failed", "skipped", "timeout", "not run", or what else its exit status says."""
+    """How a run ended: "ok", "failed", "skipped", "timeout", "not run", "error" (a bug of pyhyve's), or what else its exit status says."""
 
     status: str
     seconds: float
@@ -136,6 +137,8 @@ def run(command: Sequence[str], timeout: float) -> Result:
     output = data.decode("utf-8", "replace").replace("\r", "")
     if status == "ok" and all(line.startswith(QEMU) for line in output.splitlines()):
         status = "not run"  # QEMU's own complaint, with the same exit status
+    elif _ERROR.search(output):
+        status = "error"  # and pyhyve's
     return Result(status, time.monotonic() - started, subtests(output), output)
 
 
