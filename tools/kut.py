@@ -62,7 +62,8 @@ class Test:
 
 @dataclass
 class Result:
-    """How a run ended: "ok", "failed", "skipped", "timeout", "not run", "error" (a bug of pyhyve's), or what else its exit status says."""
+    """How a run ended: "ok", "failed", "skipped", "timeout", "not run", "error" (a bug of pyhyve's), or what else its
+    exit status says."""
 
     status: str
     seconds: float
