@@ -66,12 +66,12 @@ class Histogram:
         """A line of figures, then a bar for each power of two."""
         figures = (self.shortest, self.percentile(50), self.percentile(99), self.longest)
         words = ("min", "median", "99 %", "max")
-        head = ", ".join(f"{word} {_time(value)}" for word, value in zip(words, figures, strict=True))
+        head = ", ".join(f"{word} {duration(value)}" for word, value in zip(words, figures, strict=True))
         lines = [f"{self.count:,}: {head}"]
         buckets = self.buckets()
         most = max(buckets.values(), default=1)
         for start, count in buckets.items():
-            lines.append(f"  {_time(start):>9} {count:>9,} {'#' * -(-count * _BAR // most)}")
+            lines.append(f"  {duration(start):>9} {count:>9,} {'#' * -(-count * _BAR // most)}")
         return "\n".join(lines)
 
 
@@ -89,7 +89,8 @@ def _start(part: int) -> int:
     return (part % _STEPS + _STEPS) << shift
 
 
-def _time(ns: int) -> str:
+def duration(ns: int) -> str:
+    """Return a time in words of three digits: "1.25 ms"."""
     for unit, size in (("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1_000)):
         if ns >= size:
             return f"{ns / size:.3g} {unit}" if ns < 1000 * size else f"{ns // size} {unit}"

@@ -31,7 +31,8 @@ class Interrupts:
 
     def snapshot(self) -> Snapshot:
         """The state of all that an interrupt passes, at one moment."""
-        return take(self._vm, self._vioapic, self._vatpic, self._isa_pins)
+        last = {} if self.traced is None else self.traced.last
+        return take(self._vm, self._vioapic, self._vatpic, self._isa_pins, last)
 
     def explain(
         self, irq: int | None = None, *, vector: int | None = None, nmi: bool = False, vcpu: int | None = None

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pyhyve.base.explanation import Stage
+from pyhyve.vmm.diagnosis.histogram import duration
 from pyhyve.vmm.diagnosis.snapshot import Snapshot, VcpuSnapshot
 from pyhyve.vmm.io.apicregs import BASE_ENABLED, BASE_X2APIC, DFR, ID, LDR, SVR, SVR_ENABLED, TPR
 from pyhyve.vmm.io.vlapic import VlapicV1
@@ -162,7 +163,11 @@ def _state_stage(cpu: Cpu, what: str, waiting: bool) -> Stage:
 def delivered_stage(cpu: Cpu, vector: int) -> Stage:
     count = cpu.vcpu.delivered[vector]
     words = f"vector {vector:#x} {times(count)}"
-    return Stage(f"{cpu.label} delivered", words, "", {"count": count})
+    ago = cpu.vcpu.ago.get(vector)
+    if ago is None:
+        return Stage(f"{cpu.label} delivered", words, "", {"count": count})
+    words += f", the last time {duration(ago)} ago"
+    return Stage(f"{cpu.label} delivered", words, "", {"count": count, "ago_ns": ago})
 
 
 def times(count: int) -> str:

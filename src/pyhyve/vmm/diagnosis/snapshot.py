@@ -19,6 +19,7 @@ class VcpuSnapshot:
     interrupts_on: RFLAGS.IF. event_pending: an event is on its way into its handler. interruptible, nmi_allowed: what
     the processor says of external interrupts and NMIs. nmis: NMIs that wait; sipi: a start-up vector that waits, or -1.
     next_vector: what its local APIC would have it take now, or None. delivered: external interrupts taken, by vector.
+    ago: how many ns ago the last of a vector was taken, if a trace has seen it.
     """
 
     index: int
@@ -35,6 +36,7 @@ class VcpuSnapshot:
     next_vector: int | None
     delivered: tuple[int, ...]
     nmis_delivered: int
+    ago: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,11 @@ class Snapshot:
     last_undelivered: tuple[int, bool, int, int] | None
 
 
-def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) -> Snapshot:
+def take(
+    vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int], last: Mapping[tuple[int, int], int]
+) -> Snapshot:
     """Look at a VM, which stands still for the moment (for good, if it is paused or has ended). From any thread but a
-    vCPU's."""
+    vCPU's. last: when each vCPU took each vector last, as far as that is known."""
     paused = vm.state is State.PAUSED
     with vm.stopped():
         if vm.state is State.STOPPED:
@@ -73,7 +77,7 @@ def take(vm: Vm, vioapic: Vioapic, vatpic: Vatpic, isa_pins: Mapping[int, int]) 
                 ended=vm.state is State.STOPPED,
                 # First, because it lets each local APIC know of its processor's CR8.
                 vlapics=tuple(_vlapic(vcpu) for vcpu in vm.vcpus),
-                vcpus=tuple(_vcpu(vcpu) for vcpu in vm.vcpus),
+                vcpus=tuple(_vcpu(vcpu, last, vm.clock.now()) for vcpu in vm.vcpus),
                 ioapic=ioapic,
                 active=tuple(vioapic.active(pin) for pin in range(vioapic.pins)),
                 targets=tuple(
@@ -95,7 +99,7 @@ def _vlapic(vcpu: Vcpu) -> VlapicV1:
     return vcpu.vlapic.save()
 
 
-def _vcpu(vcpu: Vcpu) -> VcpuSnapshot:
+def _vcpu(vcpu: Vcpu, last: Mapping[tuple[int, int], int], now: int) -> VcpuSnapshot:
     backend = vcpu.backend
     rflags = backend.get("rflags")
     waiting = vcpu.waiting_events()
@@ -115,4 +119,5 @@ def _vcpu(vcpu: Vcpu) -> VcpuSnapshot:
         next_vector=vcpu.vlapic.pending_vector(),
         delivered=tuple(vcpu.delivered),
         nmis_delivered=vcpu.nmis_delivered,
+        ago={vector: now - time for (index, vector), time in last.items() if index == vcpu.index},
     )

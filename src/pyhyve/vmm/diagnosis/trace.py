@@ -44,6 +44,8 @@ class InterruptTrace:
         self._pending: dict[tuple[int, int], tuple[int, str]] = {}
         self._serviced: dict[tuple[int, int], tuple[int, str]] = {}
         self._source: tuple[int, str] | None = None
+        self.last: dict[tuple[int, int], int] = {}
+        """When each vCPU took each vector last: (vCPU, vector) to ns of the VM's clock."""
         self.waits: dict[int, Histogram] = {}
         self.services: dict[int, Histogram] = {}
 
@@ -77,6 +79,7 @@ class InterruptTrace:
         if source:
             self._count(self.waits, vector, now - began)
         self._serviced[vcpu, vector] = (now, source)
+        self.last[vcpu, vector] = now
         self._add(now, DELIVERED, vcpu, vector, source)
 
     def ended(self, vcpu: int, vector: int) -> None:

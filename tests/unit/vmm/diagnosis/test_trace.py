@@ -141,6 +141,18 @@ def test_nothing_of_it_is_left(make_bench):
     assert seen(trace) == []
 
 
+def test_traced_interrupt_has_a_time_in_its_explanation(bench):
+    bench.route(4, VECTOR)
+    with bench.interrupts.trace():
+        bench.irq[4].pulse()
+        bench.take()
+        bench.vm.vcpus[0].write_apic(EOI, 4, 0)
+    delivered = next(stage for stage in bench.explain(4).stages if stage.name == "vCPU 0 delivered")
+    assert delivered.state.startswith("vector 0x41 taken once, the last time ")
+    assert delivered.registers["count"] == 1
+    assert delivered.registers["ago_ns"] > 0
+
+
 def test_one_trace_at_a_time(bench):
     with bench.interrupts.trace():
         assert bench.interrupts.tracing
