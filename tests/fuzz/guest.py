@@ -253,12 +253,12 @@ class Machine:
 
     SETUPS: ClassVar[Mapping[str, Setup]] = {
         "64": Setup(64, 0, 0, FLAT64),
-        "64-faults": Setup(64, 8, 20, FLAT64),
+        "64-faults": Setup(64, 8, 20, FLAT64, 10),
         "32": Setup(32, 0, 0, FLAT32),
-        "32-faults": Setup(32, 8, 20, FLAT32),
-        "32-segments": Setup(32, 8, 20, (PART16, UCODE32, STACK32, DATA16, DOWN32, READ16)),
+        "32-faults": Setup(32, 8, 20, FLAT32, 10),
+        "32-segments": Setup(32, 8, 20, (PART16, UCODE32, STACK32, DATA16, DOWN32, READ16), 10),
         "16": Setup(16, 0, 0, (DATA16, CODE16, DATA16, DATA16, DATA16, DATA16)),
-        "16-faults": Setup(16, 8, 20, (PART16, CODE16, DATA16, DATA16, DOWN16, READ16)),
+        "16-faults": Setup(16, 8, 20, (PART16, CODE16, DATA16, DATA16, DOWN16, READ16), 10),
     }
 
 

@@ -7,7 +7,8 @@ from pyhyve.cpu.bt.access cimport commit_store, effective_address, host_address
 from pyhyve.cpu.bt.context cimport *
 from pyhyve.cpu.bt.decode cimport *
 from pyhyve.cpu.bt.emit cimport *
-from pyhyve.cpu.bt.segments cimport add_segment
+from pyhyve.cpu.bt.kinds cimport is_aligned_vector
+from pyhyve.cpu.bt.segments cimport add_alignment, add_segment
 from pyhyve.cpu.bt.sharing cimport operand
 from pyhyve.cpu.bt.state cimport ACCESS_READ, ACCESS_WRITE
 from pyhyve.cpu.bt.thunks cimport MaskMeta, MissMeta, put_mask
@@ -21,6 +22,8 @@ cdef void masked_operand(T* t, int n, int live) noexcept nogil:
     cdef MissMeta* m
     effective_address(t, i, t.rips[n] + i.length)
     add_segment(t, i.seg, access, i.mem_width)
+    if not i.masked & MASKED_VECTOR and not is_aligned_vector(i):
+        add_alignment(t, NULL, 1 << (i.masked & 3))          # by its elements
     if not t.slow:
         host_address(t, n, access, i.mem_width, live)
         t.stubs[t.n_stubs - 1].masked = masked

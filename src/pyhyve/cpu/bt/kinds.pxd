@@ -68,13 +68,15 @@ cdef inline bint is_aligned_vector(Insn* i) noexcept nogil:
     if i.map == 1 and (op == 0x28 or op == 0x29 or op == 0x2B or op == 0xE7 or op == 0xC7):
         return True                              # MOVAPS, MOVNTPS, MOVNTDQ, CMPXCHG16B
     if i.map == 1 and (op == 0x6F or op == 0x7F):
-        return (i.prefixes & P_66) != 0          # MOVDQA, not MOVDQU
+        return i.prefixes & (P_66 | P_F2 | P_F3) == P_66         # MOVDQA, not MOVDQU
     if i.map == 2 and op == 0x2A:
         return True                              # MOVNTDQA
     if i.enc != ENC_LEGACY:
         return False
     if i.map == 1:
         return not (op == 0x10 or op == 0x11 or op == 0xF0)      # MOVUPS, LDDQU
+    if i.map == 2 and 0xC8 <= op <= 0xCD or i.map == 3 and op == 0xCC:
+        return not bt_amd()                      # SHA
     return not (i.map == 3 and 0x60 <= op <= 0x63)               # PCMPESTRI and its kin
 
 cdef inline bint is_push_reg(Insn* i) noexcept nogil:

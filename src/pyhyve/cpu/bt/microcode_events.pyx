@@ -453,7 +453,7 @@ cdef int iret(Vcpu* v, Insn* i) noexcept nogil:
         return r if r != R_OK else task_switch(v, link, TASK_IRET, next_rip(v, i), get_rflags(v), NULL)
     d = ss = 0
     if is64(v):
-        if size == 8:
+        if size == 8 and not sp & 7:
             p = mmu_hit(v, sp, 40, v.bank, ACCESS_READ)
         else:
             p = NULL

@@ -126,8 +126,11 @@ cdef void add_segment(T* t, int seg, int access, uint32_t width) noexcept nogil:
 
 cdef inline int _alignment(Insn* i, uint32_t width) noexcept nogil:
     """Logarithm of the alignment that #AC demands of an access. Instructions that demand more by themselves give #GP."""
-    if i != NULL and width >= 16 and is_aligned_vector(i):
-        return 0
+    if i != NULL and width >= 16:
+        if is_aligned_vector(i):
+            return 0
+        if i.enc == ENC_EVEX and i.map == 2 and (i.opcode == 0x8A or i.opcode == 0x8B or i.opcode == 0x63):
+            return (2 if i.opcode & 0x80 else 0) + (i.evex_p[1] >> 7)      # VCOMPRESS: element by element
     if width & 15 == 0:
         return 4
     if width & 7 == 0 or width == 10:
@@ -163,6 +166,6 @@ cdef int segment_check(Vcpu* v, uint64_t* lin, int bank, uint32_t first, uint32_
                            SS if seg == SEG_SS else GP)
         if r != R_OK:
             return r
-    if off and (seg >= 0 or canonical(v, lin[0])):
+    if off and (seg >= 0 or canonical(v, lin[0]) and canonical(v, lin[0] + width - 1)):
         return fault_code(v, AC, 0)
     return R_OK
