@@ -186,7 +186,8 @@ class EventLoop:
         self._stopping = False
         self._closed = False
         self._epoll.register(self._wake, READ)
-        self._epoll.register(self.timers.fd, READ)
+        # Edge-triggered: an expiry is told once, so nobody has to read the descriptor.
+        self._epoll.register(self.timers.fd, READ | select.EPOLLET)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -256,7 +257,6 @@ class EventLoop:
                 try:
                     with lock:
                         if fd == timer_fd:
-                            self._read_timer()
                             self.timers.run_due()
                         elif fd == self._wake:
                             self._run_calls()
@@ -274,10 +274,6 @@ class EventLoop:
                         self.timers.rearm()
                     elif fd == self._wake:
                         os.eventfd_write(self._wake, 1)
-
-    def _read_timer(self) -> None:
-        with suppress(BlockingIOError):
-            os.read(self.timers.fd, 8)
 
     def _run_calls(self) -> None:
         with suppress(BlockingIOError):
