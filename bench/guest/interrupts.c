@@ -250,6 +250,7 @@ void main(void) {
     tick_local("tick_oneshot", ONE_SHOT);
     out8(0x43, 0x34), out8(0x40, 1193 & 255), out8(0x40, 1193 >> 8);
     tick_legacy("tick_pit");
+    out8(0x43, 0x30);                                      /* it stands still until it gets a count */
     u64 period = 1000000000000ul / *(volatile u32 *)(HPET + 4);
     hpet_write(0x10, 0), hpet_write(0xf0, 0);
     *(volatile u32 *)(HPET + 0x100) = 0x14c;               /* periodic, 32 bits, the count is set first */
