@@ -147,7 +147,9 @@ def _pin_has(snapshot: Snapshot, pin: int, vector: int) -> bool:
 
 
 def _input_has(snapshot: Snapshot, irq: int, vector: int) -> bool:
-    wired = picroute.has_input(irq) and picroute.is_open(snapshot, irq)
+    if not picroute.has_input(irq):
+        return False
+    wired = picroute.is_open(snapshot, irq) or picroute.is_spurious(snapshot, irq)
     return wired and picroute.vector_of(snapshot, irq) == vector
 
 

@@ -11,6 +11,7 @@ from pyhyve.vmm.io.vatpic import PicV1, Vatpic
 
 CASCADE: Final = 2
 INPUTS: Final = 16
+_SPURIOUS: Final = 15
 _SPECIAL_NESTING: Final = 0x10
 
 
@@ -41,20 +42,33 @@ def is_open(snapshot: Snapshot, irq: int) -> bool:
 def waits(snapshot: Snapshot, irq: int) -> bool:
     """Whether the 8259s have the input's request and raise INTR, be it for this one or for another."""
     pic, line, _ = _chip(snapshot, irq)
-    return snapshot.pic.output and bool(pic.request >> line & 1)
+    return (snapshot.pic.output and bool(pic.request >> line & 1)) or is_spurious(snapshot, irq)
+
+
+def is_spurious(snapshot: Snapshot, irq: int) -> bool:
+    """Whether IRQ 15 comes though nothing asks for it: the slave has withdrawn what the master still asks for."""
+    slave = snapshot.pic.slave
+    if irq != _SPURIOUS or slave.request & ~slave.mask & 1 << 7:
+        return False
+    return _next(snapshot) == vector_of(snapshot, irq)
+
+
+def _next(snapshot: Snapshot) -> int | None:
+    """The vector that the 8259s would give now, None if INTR is low."""
+    if not snapshot.pic.output:
+        return None
+    # The chip itself knows best: a copy is acknowledged.
+    copy = Vatpic(lambda level: None)
+    copy.restore(snapshot.pic)
+    return copy.acknowledge()
 
 
 def _first(snapshot: Snapshot, bootstrap: Cpu, vector: int) -> str:
     """What the bootstrap processor would take before `vector`."""
     if bootstrap.vcpu.next_vector is not None:
         return f"vector {bootstrap.vcpu.next_vector:#x} of its local APIC"
-    if not snapshot.pic.output:
-        return ""
-    # The chip itself knows best: a copy is acknowledged.
-    copy = Vatpic(lambda level: None)
-    copy.restore(snapshot.pic)
-    chosen = copy.acknowledge()
-    return "" if chosen == vector else f"vector {chosen:#x} of the 8259s"
+    chosen = _next(snapshot)
+    return "" if chosen in (None, vector) else f"vector {chosen:#x} of the 8259s"
 
 
 def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
@@ -64,9 +78,10 @@ def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
     asserters = sum(levels)
     bit = 1 << line
     requested = bool(pic.request & bit)
+    spurious = is_spurious(snapshot, irq)
     masked = bool(pic.mask & bit)
     in_service = bool(pic.service & bit)
-    stages = [_line_stage(irq, asserters, len(levels), quiet=not (requested or in_service or masked))]
+    stages = [_line_stage(irq, asserters, len(levels), quiet=not (requested or in_service or masked or spurious))]
     reason = ""
     if not pic.ready:
         reason = f"the {chip} has not been initialized (no ICW1 to ICW4 since power-up, or not all of them)"
@@ -79,12 +94,15 @@ def input_stages(snapshot: Snapshot, irq: int) -> list[Stage]:
         )
     stages.append(Stage(f"{chip} trigger", f"{kind}-triggered (ELCR {pic.elcr:#04x})", reason, {"elcr": pic.elcr}))
     words = f"{'requested' if requested else 'not requested'} (IRR {pic.request:#04x})"
+    if spurious:
+        words += "; spurious: the slave has withdrawn what it asked the master for"
     stages.append(Stage(f"{chip} IRR", words, "", {"irr": pic.request}))
-    reason = f"IRQ {irq} is masked at the {chip} (IMR {pic.mask:#04x})" if masked else ""
+    reason = f"IRQ {irq} is masked at the {chip} (IMR {pic.mask:#04x})" if masked and not spurious else ""
     stages.append(Stage(f"{chip} IMR", f"{'masked' if masked else 'open'} (IMR {pic.mask:#04x})", reason))
-    stages.append(_service_stage(pic, line, f"IRQ {irq}", chip, requested))
+    service = _service_stage(pic, line, f"IRQ {irq}", chip, requested)
+    stages.append(Stage(service.name, service.state, "", service.registers) if spurious else service)
     if chip.startswith("slave"):
-        stages += _cascade_stages(snapshot.pic.master, requested and not masked)
+        stages += _cascade_stages(snapshot.pic.master, spurious or (requested and not masked))
     waiting = waits(snapshot, irq)
     bootstrap = cpus(snapshot)[0]
     stages.append(_intr_stage(bootstrap, snapshot.pic.output, waiting))

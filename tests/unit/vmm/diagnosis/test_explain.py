@@ -289,6 +289,20 @@ def test_8259_edge_that_stays_high(bench):
     held(bench.explain(4), "master 8259 trigger", "has stayed high")
 
 
+def test_8259_slave_that_withdrew_what_it_asked_for(bench):
+    bench.set_up_pic()
+    bench.pic.write(0x4D1, 1, 0x02)
+    bench.irq[9].set_level(True)
+    bench.irq[9].set_level(False)
+    bench.pic.write(0xA1, 1, 0xFF)
+    said = bench.explain(vector=0x2F)
+    assert said.held_by is None
+    assert "is taken at the next entry" in said.verdict
+    assert "spurious: the slave has withdrawn" in str(said)
+    bench.take()
+    assert "next entry" not in bench.explain(vector=0x2F).verdict
+
+
 def test_8259_input_in_service(bench):
     bench.set_up_pic()
     bench.irq[4].set_level(True)
