@@ -894,3 +894,30 @@ def test_interrupts_come_between_instructions_that_the_processor_carries_out_for
         """
     )
     assert ran.numbers == [2000, 1]
+
+
+def test_a_page_table_in_the_local_apic_is_no_access_of_the_instruction(guest: Run) -> None:
+    """Its entry at offset B0H reads all ones, whatever a store through it would be as a store to the page."""
+    ran = guest(
+        LOCAL_APIC
+        + f"""
+        mov dword ptr [rbx + 0x300], 0x40051        # in service, not completed
+        lea rax, handler[rip]
+        sti
+        nop
+        nop
+        jmp end
+        handler: mov rax, {layout.LAPIC_BASE | 7:#x}
+        mov [{PAGE_DIRECTORY + 8 * 5}], rax
+        mov rax, cr3
+        mov cr3, rax
+        mov eax, [rbx + 0x120]                      # ISR, vectors 40H to 5FH
+        call print
+        mov edi, {10 << 20 | 0xB0 // 8 << 12:#x}
+        xor eax, eax
+        mov [rdi], eax
+        """
+    )
+    assert ran.numbers == [1 << 0x11]
+    assert ran.fault is not None
+    assert (ran.fault.vector, ran.fault.cr2) == (PF, 10 << 20 | 0xB0 // 8 << 12)

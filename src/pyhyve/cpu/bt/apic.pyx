@@ -174,6 +174,9 @@ cdef void timer_look(Apic* a) noexcept nogil:
                 apic_accept(a, vector, False)
         if not a.deadline:
             return
+    if not a.alarm_thread:
+        a.rang = 1                               # nothing has run here yet: run() makes the alarm
+        return
     left = a.deadline - now
     if left >> 50:
         left = <uint64_t>1 << 50                 # days: it rings too early, and is set again

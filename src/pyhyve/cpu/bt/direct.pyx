@@ -33,6 +33,8 @@ cdef extern from *:
     void bt_futex_wait(uint32_t* word, uint32_t value) noexcept nogil
 
 cdef enum:
+    QUALIFICATION_FETCH = 1 << 2
+    QUALIFICATION_FINAL = 1 << 8    # not of a walk through the guest's page tables
     MSR_X2APIC = 0x800
     MSR_TSC_DEADLINE = 0x6E0
 
@@ -118,7 +120,9 @@ cdef bint direct_exit(Vcpu* v, Cache* c, int* reason) noexcept nogil:
                 timer_deadline(a, v.exit.msr_value)
                 done = DONE
     elif reason[0] == X_EPT_VIOLATION:
-        if a.mode == APIC_XAPIC and v.exit.gpa >> 12 == v.apic_page and not v.exit.gpa & 0xF and not v.inject_valid:
+        if a.mode == APIC_XAPIC and v.exit.gpa >> 12 == v.apic_page and not v.exit.gpa & 0xF \
+                and v.exit.qualification & (QUALIFICATION_FINAL | QUALIFICATION_FETCH) == QUALIFICATION_FINAL \
+                and not v.inject_valid:
             done = _page_access(v, c, <uint32_t>(v.exit.gpa >> 4 & 0xFF))
     elif reason[0] == X_CR_ACCESS:
         if v.exit.qualification & 0xFF == 8 and not v.gpr[v.exit.qualification >> 8 & 0xF] & ~<uint64_t>0xF:
