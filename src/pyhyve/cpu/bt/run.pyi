@@ -1,7 +1,6 @@
 from collections.abc import Mapping, Sequence
 
-from pyhyve.cpu.bt.apicstate import BtApicState
-from pyhyve.cpu.processor import CpuidEntry, Exit, Segment
+from pyhyve.cpu.processor import ApicState, CpuidEntry, Exit, Segment
 
 def host_has_avx512() -> bool: ...
 def host_lacks() -> str | None: ...
@@ -10,7 +9,7 @@ class BtShared: ...
 
 class BtVcpu:
     exit: Exit
-    apic: BtApicState
+    apic: ApicState
     vcpu_id: int
     def __init__(self, vcpu_id: int, shared: BtShared, code_size: int = ...) -> None: ...
     def reset(self) -> None: ...
