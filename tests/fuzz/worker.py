@@ -7,6 +7,7 @@ batch it was and starts another.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from typing import Any, Final
 
 BATCHES: Final = 32
 """Batches of a unit: about a third of a second."""
+_PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 
 
 def seed_of(unit: int, setup: int, batch: int) -> int:
@@ -24,6 +26,8 @@ def serve(link: Connection, cpu: int | None) -> None:
     """Take units (number, setup) from the parent; send ("batch", seed), then ("done", results)."""
     # a signal may not arrive while FS belongs to the random code
     signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP, *_FAULTS})
+    # whatever ends the parent: a worker that random code holds must not run on for ever
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if cpu is not None:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, {cpu})
