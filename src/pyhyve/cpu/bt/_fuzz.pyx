@@ -389,10 +389,15 @@ cdef class Fuzzer:
 
     cdef bint _strays(self, Seq* s, State* native, State* guest) noexcept nogil:
         """A random word may lead 16-bit code to any other sequence, whose end is not the same on both sides."""
-        if guest.vector == NONE:
-            return guest.rip > 1 and (native.vector != NONE or native.rip == 0)
-        return guest.rip + self.cs_base - s.at > s.length and (
-            native.rip == 0 if native.vector == NONE else native.rip + self.cs_base - s.at > s.length)
+        cdef bint any_target = False
+        cdef int n
+        for n in range(<int>s.n):
+            any_target = any_target or s.insn[n].cls == C_BRANCH and s.insn[n].map == 0 and (
+                s.insn[n].opcode == 0xFF or s.insn[n].opcode == 0xC2 or s.insn[n].opcode == 0xC3)
+        if not any_target:
+            return False
+        return (guest.rip > 1 if guest.vector == NONE else guest.rip + self.cs_base - s.at > s.length) or (
+            native.vector != NONE and native.rip + self.cs_base - s.at > s.length)
 
     cdef uint32_t _compare(self, Seq* s, State* a, State* b) noexcept nogil:
         cdef uint32_t what = 0
@@ -405,8 +410,12 @@ cdef class Fuzzer:
         cdef uint64_t end = FUZZ_END if self.bits != 16 else FUZZ_END16
         if a.vector != NONE and a.rip - end < 4096 or b.vector != NONE and b.rip - end < 4096:
             return 0                              # amid the common end, which is not the same on both sides
-        if self.bits == 16 and self._strays(s, a, b):
-            return 0
+        if self.bits == 16:
+            if self._strays(s, a, b):
+                return 0
+            for n in range(6):
+                if n != SEG_CS and (a.sel[n] ^ self.cs) & ~3 == 0:
+                    return 0                      # it may have read code
         for n in range(16 if self.bits == 64 else 8):
             different |= (a.gpr[n] ^ b.gpr[n]) & mask
         if different:

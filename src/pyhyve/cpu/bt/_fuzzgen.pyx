@@ -221,6 +221,8 @@ cdef uint64_t _target(Settings* f, Rng* r, uint32_t width) noexcept nogil:
         return FUZZ_DATA + 0x6000 + rng_below(r, 4096)                  # read-only
     if kind == 5:
         return FUZZ_DATA + 0x3000 + rng_below(r, 4096)                  # absent
+    if f.mode == 16:
+        return FUZZ_DATA + (rng_next(r) & 0xFFFF)
     if f.mode != 64:
         return rng_next(r) & 0xFFFFFFFFULL if rng_below(r, 4) == 0 else FUZZ_DATA + 0x7000
     if kind == 6:

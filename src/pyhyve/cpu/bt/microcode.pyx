@@ -89,9 +89,17 @@ cdef int call(Vcpu* v, Insn* i, uint64_t target) noexcept nogil:
     cdef uint32_t size = branch_size(v, i)
     cdef uint64_t sp = v.gpr[RSP]
     cdef uint64_t back = next_rip(v, i)
+    cdef uint64_t lin = 0
     cdef int r
     target &= size_mask(size)
-    r = near(v, i, target)
+    # the stack's exceptions come before those of the target
+    r = linear(v, SEG_SS, (sp - size) & sp_mask(v), size, ACCESS_WRITE, &lin)
+    if r == R_OK:
+        r = aligned(v, lin, size)
+    if r == R_OK:
+        r = mmu_probe_write(v, lin, size, v.bank)
+    if r == R_OK:
+        r = near(v, i, target)
     if r == R_OK:
         r = push_to(v, &sp, &back, size)
     if r == R_OK:
