@@ -164,8 +164,8 @@ cdef int indirect(Vcpu* v, Insn* i) noexcept nogil:
     if i.mod == 3:
         return undefined(v)
     size = operand_size(v, i)
-    if size == 8 and bt_amd():
-        size = 4                                  # no m16:64 there
+    if size == 8 and bt_amd() and v.cpl:
+        size = 4                                  # no m16:64 there; in kernel mode as KVM and QEMU emulate it
     r = read_parts(v, i, size, 2, words)
     if r != R_OK:
         return r
