@@ -663,12 +663,23 @@ cdef class Fuzzer:
             self._batch(&r, sequences, states)
         return self.n_found
 
+    cdef void _clear(self) noexcept nogil:
+        """HLT wherever a random word may lead 16-bit code, but for its common end."""
+        cdef uint64_t at, n
+        cdef uint8_t* p
+        for n in range(FUZZ_END16):
+            at = self.cs_base + n
+            p = self._guest_at(at)
+            if p != NULL:
+                p[0] = (<uint8_t*>at)[0] = 0xF4
+
     cdef int _layout(self, Rng* r, int sequences) noexcept nogil:
         """Make sequences; return how many there was room for."""
         cdef uint64_t at, end
         cdef uint32_t page_ends = 12 if self.bits != 16 else 48
         cdef int n
         if self.bits == 16:
+            self._clear()
             at = self.cs_base + rng_below(r, 2) * 4096
         else:
             at = FUZZ_CODE + rng_below(r, 128) * 4096
