@@ -1,12 +1,20 @@
 """What tests of every kind share."""
 
 import os
+import signal
 
 import pytest
 
 from pyhyve.base.errors import HostError
 from pyhyve.bhyve.boot import guestimage
 from seedrows import pytest_collection_modifyitems, pytest_terminal_summary  # noqa: F401 (hooks)
+
+
+def pytest_configure() -> None:
+    """A shell's background job, or nohup, ignores signals, and so would every program that the tests start and end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
