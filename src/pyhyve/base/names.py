@@ -48,7 +48,7 @@ def runtime_directory() -> Path:
             f"cannot make {path} ({error.strerror}); set {RUN_DIR_VARIABLE} to a directory of your own"
         ) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise HostError(f"{path} is not a directory that only you can write; remove it, or set {RUN_DIR_VARIABLE}")
+        raise HostError(f"{path} is not a directory that only you can write; set {RUN_DIR_VARIABLE} to one of your own")
     return path
 
 
